@@ -1,0 +1,137 @@
+"""Reading checkpoints lazily and writing them atomically: one file per format, and here the choice between them."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from lrconvert.checkpoints import folder
+from lrconvert.checkpoints.atomic import atomic_path, refuse_existing
+from lrconvert.checkpoints.checkpoint import Checkpoint
+from lrconvert.checkpoints.header import KEY, Header
+from lrconvert.checkpoints.safetensors_file import read_safetensors, write_safetensors
+from lrconvert.checkpoints.torch_file import read_torch, write_torch
+from lrconvert.errors import CheckpointError, OutputExistsError, UsageError
+from lrconvert.rewrite import CPU, Rewrite, layout_of, run
+
+__all__ = ["KEY", "Checkpoint", "Header", "check_output", "open_checkpoint", "write_checkpoint"]
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint: a file, an index of shards, or a folder. No tensor is read and no code is run.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a kind that lrconvert does not read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return folder.read_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if not path.stat().st_size:
+        raise CheckpointError(f"{path}: the file is empty; download or save it again")
+    if path.name.endswith(folder.INDEX):
+        return folder.read_index(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return read_safetensors(path)
+    if path.suffix == ".onnx":
+        raise CheckpointError(f"{path}: ONNX graphs are not read yet; give the checkpoint it was exported from")
+    return read_torch(path)
+
+
+def check_output(path: Path, source: Checkpoint | None, overwrite: bool) -> None:
+    """Refuse an output that could not be written, before any work is done for it.
+
+    Raises:
+        UsageError: the name does not say which format to write.
+        OutputExistsError: it exists and `overwrite` is False, or is a folder that lrconvert did not write.
+    """
+    refuse_existing(path, overwrite)
+    if path.suffix in FILE_SUFFIXES:
+        if path.is_dir():
+            raise OutputExistsError(f"{path} is a folder; choose another output")
+        return
+    if source is None or source.format != "folder":
+        raise UsageError(f"{path}: end the output in {' or '.join(FILE_SUFFIXES[:2])} to choose its format")
+    if path.exists() and not _may_replace(path):
+        # Replacing deletes: nothing but our own work is ever deleted.
+        raise OutputExistsError(f"{path} is not a folder that lrconvert wrote; choose another output")
+
+
+def _may_replace(path: Path) -> bool:
+    """Whether `path` is an empty folder, or one that lrconvert wrote."""
+    if not path.is_dir():
+        return False
+    if not any(path.iterdir()):
+        return True
+    try:
+        return open_checkpoint(path).header is not None
+    except CheckpointError:
+        return False
+
+
+def write_checkpoint(
+    path: Path,
+    steps: Sequence[Rewrite],
+    header: Header | None,
+    source: Checkpoint | None = None,
+    *,
+    overwrite: bool = False,
+    device: torch.device = CPU,
+    progress: Callable[[], None] | None = None,
+) -> None:
+    """Run `steps` and write what they make, in the format that the name of `path` says.
+
+    A path without a suffix is a folder, written when `source` is one: as many shards as it has, with an index, and
+    everything in it that is not a weight.
+
+    Args:
+        path: file or folder to write.
+        steps: what to write.
+        header: stored in every weight file.
+        source: the checkpoint that the steps read.
+        overwrite: replace an existing output.
+        device: the device that the steps compute on.
+        progress: called after each step.
+    """
+    check_output(path, source, overwrite)
+    with atomic_path(path, overwrite) as temporary:
+        if path.suffix == ".safetensors":
+            write_safetensors(temporary, layout_of(steps), run(steps, device, progress), header)
+        elif path.suffix in TORCH_SUFFIXES:
+            write_torch(temporary, run(steps, device, progress), layout_of(steps), header)
+        else:
+            assert source is not None
+            _write_folder(temporary, steps, header, source, device, progress)
+
+
+def _write_folder(
+    path: Path,
+    steps: Sequence[Rewrite],
+    header: Header | None,
+    source: Checkpoint,
+    device: torch.device,
+    progress: Callable[[], None] | None,
+) -> None:
+    folder.copy_companions(source.path if source.path.is_dir() else source.path.parent, path)
+    file_of = {key: file for file, keys in source.files.items() for key in keys}
+    groups = [[step for step in steps if file_of[step.source] == file] for file in source.files]
+    groups = [group for group in groups if group]
+    weight_map, total = {}, 0
+    for number, group in enumerate(groups, start=1):
+        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        layout = layout_of(group)
+        write_safetensors(path / name, layout, run(group, device, progress), header)
+        weight_map.update(dict.fromkeys(layout, name))
+        total += sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / f"model.safetensors{folder.INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if header is not None and header.plan is not None:
+        folder.write_card(path, header)

@@ -1,0 +1,63 @@
+"""Writing so that an interrupted run leaves the old file or none, never half of one."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lrconvert.errors import CheckpointError, OutputExistsError
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise OutputExistsError when `path` exists and may not be overwritten; call it before long work."""
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"{path} exists; choose another output or add --overwrite")
+
+
+@contextmanager
+def atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary path beside `path` to write a file or folder to; it takes `path`'s place when the block ends well.
+
+    Raises:
+        OutputExistsError: `path` exists and `overwrite` is False.
+        CheckpointError: the disk is full, the folder is missing, or writing failed otherwise.
+    """
+    refuse_existing(path, overwrite)
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent}: no such folder; create it first")
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise CheckpointError(f"{path.parent}: cannot be written to ({error.strerror})") from None
+    try:
+        new = temporary / path.name
+        yield new
+        _sync(new)
+        if path.is_dir():
+            # A folder cannot be replaced by one rename: the old one steps aside first.
+            path.rename(temporary / "old")
+        new.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {_why(error)}; nothing was written") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _why(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full or the file too large ({error.strerror})"
+    return f"could not be written ({error.strerror or error})"
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or every file of a folder, to the disk."""
+    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,101 @@
+"""Folders as Hugging Face libraries write them: one weight file, or shards with an index, and everything else."""
+
+import json
+import shutil
+from pathlib import Path
+
+from lrconvert.checkpoints.checkpoint import Checkpoint
+from lrconvert.checkpoints.header import Header
+from lrconvert.checkpoints.safetensors_file import read_safetensors
+from lrconvert.checkpoints.torch_file import read_torch
+from lrconvert.errors import CheckpointError
+from lrconvert.tensors import TensorRef
+
+# The weight files looked for, the best first.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+# Copies of the dense weights in other formats: a factorized folder must not carry them along.
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot")
+INDEX = ".index.json"
+
+
+def read_folder(path: Path) -> Checkpoint:
+    """Open a folder; the first of `WEIGHT_FILES` that it holds is read.
+
+    Raises:
+        CheckpointError: there is no weight file, or a shard is missing.
+    """
+    found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if found is None:
+        single = [file for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth") for file in path.glob(pattern)]
+        if len(single) != 1:
+            what = f"{len(single)} weight files, and no index" if single else "no weight file"
+            raise CheckpointError(f"{path}: {what} in this folder; name the file to read")
+        found = single[0]
+    inner = read_index(found) if found.name.endswith(INDEX) else _read_file(found)
+    return Checkpoint(path, "folder", inner.tensors, inner.header, inner.notes, inner.files)
+
+
+def read_index(path: Path) -> Checkpoint:
+    """Open the shards that an index names.
+
+    Raises:
+        CheckpointError: the index cannot be read, or names a shard or tensor that is not there.
+    """
+    try:
+        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not an index of shards ({error})") from None
+    shards: dict[str, Checkpoint] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = path.parent / name
+        if shard.resolve().parent != path.parent.resolve() or not shard.is_file():
+            raise CheckpointError(f"{path}: names the shard '{name}', which is not beside it; download it again")
+        shards[name] = _read_file(shard)
+    tensors: dict[str, TensorRef] = {}
+    for key, name in weight_map.items():
+        if key not in shards[name].tensors:
+            raise CheckpointError(f"{path}: says '{key}' is in {name}, but it is not; download both again")
+        tensors[key] = shards[name].tensors[key]
+    files = {
+        path.parent / name: tuple(key for key, where in weight_map.items() if where == name) for name in shards
+    }
+    first = next(iter(shards.values()))
+    return Checkpoint(path, "folder", tensors, first.header, first.notes, files)
+
+
+def _read_file(path: Path) -> Checkpoint:
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy everything of the folder `source` that is not a weight or an index of weights into `target`."""
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_WEIGHTS, f"*{INDEX}", ".git"))
+
+
+def write_card(path: Path, header: Header) -> None:
+    """Say in the folder's README.md what its weights are and what opens them.
+
+    transformers would open a factorized folder as the dense architecture, with random weights where factors are, and
+    only print a table of missing keys.
+    """
+    assert header.plan is not None
+    note = (
+        f"> **Low-rank weights.** {len(header.plan.low_rank)} layers of this checkpoint are factorized by "
+        f"{header.written_by}. Do not open it with `from_pretrained`: the factorized layers would get random weights. "
+        "`lrconvert info` describes it, `lrconvert.load(path, model)` loads it, and "
+        "`lrconvert export --format dense` turns it back into the dense architecture.\n"
+    )
+    card = path / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    front = ""
+    if text.startswith("---\n") and "\n---\n" in text[4:]:
+        end = text.index("\n---\n", 4) + len("\n---\n")
+        front, text = text[:end], text[end:]
+    card.write_text(f"{front}\n{note}\n{text.lstrip()}", encoding="utf-8")

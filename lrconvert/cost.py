@@ -1,0 +1,115 @@
+"""What a network costs: the order its layers run in, multiply-accumulates, and measured latency.
+
+Convention for MACs: multiply-accumulates of matrix products and convolutions for one forward pass, attention's own
+products included; additions of biases, normalisation, activations and pooling are not counted.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrconvert.layers import LowRank, family_of
+
+MAC_CONVENTION = "matrix products and convolutions of one forward pass, batch 1"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass of batch 1 showed.
+
+    Attributes:
+        positions: layer name to the number of output positions its weight is applied to, in execution order; a layer
+            that is called twice counts both calls. Layers that were never called are missing.
+        macs: multiply-accumulates of the whole pass.
+    """
+
+    positions: dict[str, int]
+    macs: int
+
+
+@contextmanager
+def countable() -> Iterator[None]:
+    """Make torch take the paths that its FLOP counter sees: it misses the fused ones entirely."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False), torch.no_grad():  # type: ignore[no-untyped-call, attr-defined]
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Trace:
+    """Run `model` once on `inputs`, all on the meta device or all on a real one, and count.
+
+    Args:
+        model: run in eval mode; the mode it had is restored.
+        inputs: positional inputs, batch 1.
+    """
+    positions: dict[str, int] = {}
+    names = {module: name for name, module in model.named_modules() if family_of(module) or isinstance(module, LowRank)}
+
+    def record(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        out = int(getattr(module, "out_channels", None) or module.out_features)  # type: ignore[arg-type]
+        name = names[module]
+        positions[name] = positions.get(name, 0) + output.numel() // out
+
+    hooks = [module.register_forward_hook(record) for module in names]
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with countable(), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return Trace(positions, counter.get_total_flops() // 2)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured time of one call.
+
+    Attributes:
+        median_ms: median over the calls, milliseconds.
+        low_ms, high_ms: first and third quartile.
+        n: calls measured.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    n: int
+
+
+def measure_latency(calls: Sequence[Callable[[], object]], n: int = 20, warm_up: int = 3) -> list[Latency]:
+    """Time several calls in turn, A B A B …, so that a change in the machine's speed meets all of them.
+
+    Args:
+        calls: what to time; on a GPU each call must end with a synchronisation.
+        n: how often each is timed.
+        warm_up: untimed calls of each first.
+    """
+    for _ in range(warm_up):
+        for call in calls:
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(n):
+        for call, seconds in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+    results = []
+    for seconds in times:
+        low, median, high = statistics.quantiles(seconds, n=4) if n > 1 else seconds * 3
+        results.append(Latency(median * 1e3, low * 1e3, high * 1e3, n))
+    return results

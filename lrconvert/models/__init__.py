@@ -1,0 +1,32 @@
+"""Where architectures come from: one file per source, and here the choice between them by name."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lrconvert.errors import UnknownNameError, UsageError
+from lrconvert.models import python_file, torchvision
+from lrconvert.models.architecture import Architecture
+
+__all__ = ["Architecture", "find_architecture"]
+
+# Prefix of the name to the function that makes (name without prefix, keyword arguments) an architecture.
+SOURCES: dict[str, Callable[[str, Mapping[str, Any]], Architecture]] = {"torchvision": torchvision.architecture}
+
+
+def find_architecture(name: str, args: Mapping[str, Any] | None = None) -> Architecture:
+    """The architecture behind "torchvision/NAME" or "file.py:factory".
+
+    Raises:
+        UnknownNameError: no source has this name.
+        UsageError: the name is of no known form.
+        ModelError: a Python file cannot be imported, or has no such factory.
+    """
+    file, colon, factory = name.rpartition(":")
+    if colon and file.endswith(".py"):
+        return python_file.architecture(file, factory, args or {})
+    source, slash, rest = name.partition("/")
+    if not slash:
+        raise UsageError(f"model '{name}': write SOURCE/NAME (torchvision/resnet18) or file.py:factory")
+    if source not in SOURCES:
+        raise UnknownNameError("model source", source, SOURCES)
+    return SOURCES[source](rest, args or {})

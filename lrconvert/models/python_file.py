@@ -1,0 +1,43 @@
+"""Models of the user's own: "path/to/file.py:factory", a function or class that returns an nn.Module."""
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lrconvert.errors import ModelError
+from lrconvert.models.architecture import Architecture
+
+
+def architecture(file: str, factory: str, args: Mapping[str, Any]) -> Architecture:
+    """The callable `factory` of the Python file `file`, which is imported, and so run.
+
+    The file may set `input_shape` (without the batch) beside the factory.
+
+    Raises:
+        ModelError: the file is missing or fails, or has no such callable.
+    """
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise ModelError(f"{file}: no such file; --model takes path/to/file.py:factory")
+    name = f"_lrconvert_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{file}: cannot be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    # The file's own folder, so that it can import its neighbours as it can when run.
+    sys.path.insert(0, str(path.parent))
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(f"{file}: fails when imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    found = getattr(module, factory, None)
+    if not callable(found):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ModelError(f"{file} has no callable '{factory}'; it has: {', '.join(names) or 'none'}")
+    shape = getattr(module, "input_shape", None)
+    return Architecture(f"{file}:{factory}", dict(args), found, tuple(shape) if shape else None, runs_user_code=True)

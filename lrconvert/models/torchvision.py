@@ -1,0 +1,36 @@
+"""Models of torchvision: "torchvision/resnet50"."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from lrconvert.errors import UnknownNameError
+from lrconvert.models.architecture import Architecture
+
+
+def architecture(name: str, args: Mapping[str, Any]) -> Architecture:
+    """The torchvision model `name`, without pretrained weights.
+
+    Raises:
+        UnknownNameError: torchvision has no such model.
+    """
+    import torchvision
+
+    known = torchvision.models.list_models()
+    if name not in known:
+        raise UnknownNameError("torchvision model", name, known)
+    # init_weights: GoogLeNet and Inception warn when it is not given; the weights are thrown away here anyway.
+    fixed = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    factory = partial(torchvision.models.get_model, name, weights=None, **fixed)
+    return Architecture(f"torchvision/{name}", dict(args), factory, _input_shape(name))
+
+
+def _input_shape(name: str) -> tuple[int, ...] | None:
+    """(3, size, size) that the model's default weights were evaluated at, for image classifiers."""
+    import torchvision
+
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        return None
+    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]
+    size = int(transforms.crop_size[0])
+    return (3, size, size)

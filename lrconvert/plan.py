@@ -1,0 +1,265 @@
+"""The plan: which layer, which kind, which rank, and for each layer left dense, why. Plain data, decided here.
+
+Nothing in this file touches a tensor. A plan is printed, edited, saved, run again, and stored in every file that
+lrconvert writes, so that a factorized model can be rebuilt from its file alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lrconvert.errors import PlanError, UsageError
+from lrconvert.layers import FAMILIES, Layer
+from lrconvert.patterns import check_patterns, first_match, matches
+from lrconvert.ranks import Evidence, Rule, closed_form_xi
+from lrconvert.spectrum import Spectrum
+
+Order = Literal["execution", "file"]
+
+
+class LayerPlan(BaseModel):
+    """The decision for one layer.
+
+    Attributes:
+        name: path of the layer in the model.
+        weight: key of its weight.
+        kind: kind of layer, see `lrconvert.layers.FAMILIES`.
+        shape: shape of the dense weight, out first.
+        groups: convolution groups.
+        rank: singular values kept per group; None for a layer that stays dense.
+        reason: the rule that chose the rank, or why the layer stays dense.
+        error: predicted ‖W − W_r‖ / ‖W‖; None for a layer that stays dense.
+        evidence: "module" when a model settled the kind, "shape" when it was read from the file alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    weight: str
+    kind: str
+    shape: tuple[int, ...]
+    groups: int = 1
+    rank: int | None = None
+    reason: str = ""
+    error: float | None = None
+    evidence: Literal["module", "shape"] = "module"
+
+    @property
+    def layer(self) -> Layer:
+        """The layer that was decided on."""
+        return Layer(self.name, self.weight, self.kind, self.shape, self.groups, evidence=self.evidence)
+
+    @property
+    def num_params_after(self) -> int:
+        """Elements of the weight, or of the factors that replace it; without bias."""
+        return self.layer.num_params if self.rank is None else self.layer.num_low_rank_params(self.rank)
+
+    def key(self, factor: Literal["u", "v"], parameter: str = "weight") -> str:
+        """State-dict key of a factor: "layer.u.weight"."""
+        return ".".join(part for part in (self.name, factor, parameter) if part)
+
+    @property
+    def bias_key(self) -> str:
+        """State-dict key of the dense layer's bias, whether there is one or not."""
+        return f"{self.name}.bias" if self.name else "bias"
+
+
+class Plan(BaseModel):
+    """The decisions for a whole network.
+
+    Attributes:
+        version: of this format.
+        order: "execution" when the layers are in the order a forward pass calls them, "file" otherwise.
+        rule: the rule that chose the ranks.
+        layers: one decision a layer, in that order.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    order: Order = "file"
+    rule: str = ""
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def low_rank(self) -> tuple[LayerPlan, ...]:
+        """The layers that are factorized."""
+        return tuple(layer for layer in self.layers if layer.rank is not None)
+
+    @property
+    def saved_params(self) -> int:
+        """Parameters that the plan takes away."""
+        return sum(layer.layer.num_params - layer.num_params_after for layer in self.low_rank)
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What to factorize and how ranks are rounded.
+
+    Attributes:
+        rule: chooses the ranks.
+        keep_first: K, how many leading linear and convolution layers stay dense.
+        keep_last: whether the last linear layer, the classifier, stays dense.
+        include: patterns; when there are any, only matching layers are factorized. A pattern without wildcards also
+            overrules `keep_first`, `keep_last` and a guessed reason to stay dense, for the layer it names.
+        exclude: patterns of layers that stay dense; they win over `include`.
+        floor: smallest rank allowed, as a share of full rank.
+        rank_multiple: ranks are rounded up to a multiple of this, or down where up would not shrink the layer.
+        layer_ranks: (pattern, rank) pairs that overrule the rule; the first match counts.
+    """
+
+    rule: Rule
+    keep_first: int = 1
+    keep_last: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    floor: float = 0.0
+    rank_multiple: int = 1
+    layer_ranks: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.keep_first < 0:
+            raise UsageError(f"--keep-first must be 0 or more, not {self.keep_first}")
+        if self.rank_multiple < 1:
+            raise UsageError(f"--rank-multiple must be 1 or more, not {self.rank_multiple}")
+        if not 0 <= self.floor <= 1:
+            raise UsageError(f"--rank-floor is a share of full rank from 0 to 1, not {self.floor:g}")
+        for pattern, rank in self.layer_ranks:
+            if rank < 1:
+                raise UsageError(f"--layer-rank {pattern}={rank}: a rank is 1 or more")
+
+
+def decide(
+    layers: Sequence[Layer],
+    spectra: Mapping[str, Spectrum],
+    options: PlanOptions,
+    order: Order = "file",
+    xi: Mapping[str, float] | None = None,
+) -> Plan:
+    """A plan from spectra and options.
+
+    Args:
+        layers: every weight of the network, in `order`.
+        spectra: by layer name; needed for every layer that `may_be_low_rank` lets through.
+        options: what the user asked for.
+        order: what the sequence of `layers` is.
+        xi: ξ by layer name, where it was measured; the closed form is used elsewhere.
+
+    Raises:
+        PatternError: a pattern matches no layer.
+    """
+    reasons = reasons_to_stay_dense(layers, options)
+    decisions = []
+    for layer in layers:
+        rank, reason = None, reasons.get(layer.name, "")
+        if not reason:
+            evidence = Evidence(layer, spectra[layer.name], (xi or {}).get(layer.name, closed_form_xi(layer)))
+            rank, reason = _rank_or_reason(evidence, options)
+        decisions.append(
+            LayerPlan(
+                name=layer.name,
+                weight=layer.weight,
+                kind=layer.kind,
+                shape=layer.shape,
+                groups=layer.groups,
+                rank=rank,
+                reason=reason,
+                error=None if rank is None else spectra[layer.name].error(rank),
+                evidence=layer.evidence,
+            )
+        )
+    return Plan(order=order, rule=str(options.rule), layers=tuple(decisions))
+
+
+def reasons_to_stay_dense(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
+    """By layer name, why a layer stays dense whatever its spectrum; layers not named here need one.
+
+    Raises:
+        PatternError: a pattern matches no layer.
+    """
+    names = [layer.name for layer in layers]
+    check_patterns(options.include, names, "--include")
+    check_patterns(options.exclude, names, "--exclude")
+    check_patterns([pattern for pattern, _ in options.layer_ranks], names, "--layer-rank")
+    counted = [layer for layer in layers if layer.kind in FAMILIES]
+    first = {layer.name for layer in counted[: options.keep_first]}
+    last = counted[-1].name if options.keep_last and counted and counted[-1].kind == "linear" else None
+    reasons = {}
+    for layer in layers:
+        named = layer.name in options.include
+        if excluded := first_match(options.exclude, layer.name):
+            reasons[layer.name] = f"excluded by '{excluded}'"
+        elif layer.dense_reason and not (named and layer.guess):
+            reasons[layer.name] = layer.dense_reason
+        elif options.include and not first_match(options.include, layer.name):
+            reasons[layer.name] = "not included"
+        elif layer.name in first and not named:
+            reasons[layer.name] = "first layer" if options.keep_first == 1 else f"first {options.keep_first} layers"
+        elif layer.name == last and not named:
+            reasons[layer.name] = "last classifier"
+    return reasons
+
+
+def _rank_or_reason(evidence: Evidence, options: PlanOptions) -> tuple[int | None, str]:
+    """(rank, rule) of a layer that may be low rank, or (None, why it stays dense after all)."""
+    layer = evidence.layer
+    if evidence.spectrum.is_zero:
+        return None, "all zero"
+    override = next((rank for pattern, rank in options.layer_ranks if matches(pattern, layer.name)), None)
+    if override is not None:
+        rank, reason = min(override, layer.full_rank), "given"
+    else:
+        rank = max(options.rule.rank(evidence), round(options.floor * layer.full_rank), 1)
+        reason = str(options.rule)
+        rank = _rounded(rank, options.rank_multiple, layer.break_even_rank)
+    if rank > layer.break_even_rank:
+        return None, f"rank {rank} would not shrink it (break-even {layer.break_even_rank})"
+    return rank, reason
+
+
+def _rounded(rank: int, multiple: int, break_even: int) -> int:
+    """`rank` rounded up to `multiple`; down where up would not shrink the layer but `rank` would."""
+    up = -(-rank // multiple) * multiple
+    down = rank // multiple * multiple
+    return down if rank <= break_even < up and down else up
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write `plan` as indented JSON, to be read and edited by people."""
+    path.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan that `save_plan` wrote and perhaps somebody edited.
+
+    Raises:
+        PlanError: the file is missing, or is not a plan; the message names the field.
+    """
+    try:
+        plan = Plan.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PlanError(f"{path}: not a plan: {where + ': ' if where else ''}{first['msg']}") from None
+    return plan
+
+
+def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise PlanError unless every layer to factorize is in `shapes` (state-dict key to shape) with its shape."""
+    for layer in plan.low_rank:
+        found = shapes.get(layer.weight)
+        if found is None:
+            raise PlanError(f"the plan factorizes {layer.name}, but the checkpoint has no '{layer.weight}'")
+        if tuple(found) != layer.shape:
+            raise PlanError(f"{layer.weight}: the plan says {layer.shape}, the checkpoint {tuple(found)}")
+        if layer.kind not in FAMILIES:
+            raise PlanError(f"{layer.name}: kind '{layer.kind}' cannot be factorized; known: {', '.join(FAMILIES)}")
+        if layer.groups < 1 or layer.shape[0] % layer.groups:
+            raise PlanError(f"{layer.name}: {layer.shape[0]} outputs do not divide into {layer.groups} groups")
+        if layer.rank is None or not 1 <= layer.rank <= layer.layer.full_rank:
+            raise PlanError(f"{layer.name}: rank {layer.rank} is not from 1 to full rank {layer.layer.full_rank}")

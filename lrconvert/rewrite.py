@@ -1,0 +1,56 @@
+"""Turning one state dict into another in small steps, so that only a few tensors are in memory at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrconvert.parallel import map_layers
+from lrconvert.tensors import TensorRef
+
+CPU = torch.device("cpu")
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One step: the keys it makes, and how.
+
+    Attributes:
+        source: key of the tensor that it starts from.
+        outputs: key to (shape, dtype) of every tensor it makes, in order.
+        size: elements of the largest tensor it handles.
+        make: reads, computes and returns the tensors.
+    """
+
+    source: str
+    outputs: Layout
+    size: int
+    make: Callable[[], dict[str, Tensor]]
+
+
+def moving(source: str, ref: TensorRef, key: str) -> Rewrite:
+    """The step that writes a tensor as it is, perhaps under another key."""
+    return Rewrite(source, {key: (ref.shape, ref.dtype)}, ref.numel, lambda: {key: ref.read()})
+
+
+def layout_of(steps: Sequence[Rewrite]) -> Layout:
+    """(shape, dtype) of everything that the steps make, by key, in order."""
+    return {key: what for step in steps for key, what in step.outputs.items()}
+
+
+def run(
+    steps: Sequence[Rewrite], device: torch.device = CPU, progress: Callable[[], None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Run the steps, small ones side by side; yields (key, tensor) in the order they finish.
+
+    Args:
+        steps: what to do.
+        device: the device that the steps compute on.
+        progress: called after each step.
+    """
+    for _, made in map_layers(lambda step: step.make(), steps, size=lambda step: step.size, device=device):
+        yield from made.items()
+        if progress:
+            progress()

@@ -1,0 +1,210 @@
+"""Singular values of a weight, what follows from them, and the factors that keep the largest.
+
+Shapes: a matrix view is (groups, rows, columns); singular values are (groups, full_rank), descending, float64.
+
+Both come from the eigenvalues of the small Gram matrix, W·Wᵀ or Wᵀ·W. That is several times faster than an SVD but
+squares the condition number: in float32 anything below about 3e-4·σ_max is noise. So large matrices are tried in
+float32, and computed again in float64 whenever the noise could show in the result.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrconvert.errors import WeightError
+
+# Below this full rank float64 costs next to nothing.
+_ALWAYS_DOUBLE = 128
+# Eigenvalues of a float32 Gram matrix are off by about this times the largest one (6e-6 was the most seen, 2048×2048).
+_FLOAT32_NOISE = 4e-6
+# How far that noise may move a singular value, relative to σ_max, and a truncation error, relative to the best.
+_VALUE_TOLERANCE = 1e-4
+_ERROR_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of one layer's weight.
+
+    Attributes:
+        values: singular values (groups, full_rank), descending, float64, on the CPU.
+        energy: ‖W‖² of each group (groups,), summed from the weight itself in float64.
+    """
+
+    values: Tensor
+    energy: Tensor
+
+    @property
+    def full_rank(self) -> int:
+        """Number of singular values per group."""
+        return self.values.shape[1]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every element of the weight is zero."""
+        return not bool(self.energy.any())
+
+    def stable_rank(self) -> Tensor:
+        """Σσ² / σ_max² of each group (groups,), a real number from 1 to full rank; 0 for a zero group.
+
+        Cuttlefish section 3.3; Rudelson & Vershynin 2007, https://arxiv.org/abs/math/0503442.
+        """
+        top = self.values[:, 0] ** 2
+        return torch.where(top > 0, self.energy / torch.where(top > 0, top, 1.0), 0.0)
+
+    def accumulative_rank(self, p: float) -> int:
+        """Smallest r with σ₁ + … + σ_r ≥ p · Σσ, the largest over groups (Cuttlefish appendix C.2)."""
+        return _smallest_rank(self.values, p)
+
+    def energy_rank(self, e: float) -> int:
+        """Smallest r with σ₁² + … + σ_r² ≥ e · Σσ², the largest over groups."""
+        return _smallest_rank(self.values**2, e)
+
+    def error(self, rank: int) -> float:
+        """‖W − W_r‖ / ‖W‖ of the best approximation of `rank` per group (Eckart–Young); 0 for a zero weight."""
+        total = float((self.values**2).sum())
+        return (float((self.values[:, rank:] ** 2).sum()) / total) ** 0.5 if total else 0.0
+
+
+def _smallest_rank(terms: Tensor, share: float) -> int:
+    """Smallest r whose first r terms reach `share` of the sum of all, the largest over groups."""
+    running = terms.cumsum(dim=1)
+    # The last running sum is the total: another summation order could differ in the last digit and leave a share
+    # of 1.0 unreachable.
+    short = running < share * running[:, -1:]
+    return min(int(short.sum(dim=1).max()) + 1, terms.shape[1])
+
+
+def spectrum_of(matrices: Tensor, name: str) -> Spectrum:
+    """Singular values of `matrices` (groups, rows, columns), computed on the device they are on.
+
+    Raises:
+        WeightError: a value is NaN or infinite; `name` is the layer named in the message.
+    """
+    energy = finite_energy(matrices, name)
+    wide = _wide(matrices)
+    values = None
+    if wide.shape[1] > _ALWAYS_DOUBLE and wide.dtype != torch.float64:
+        values = _gram_values(wide, torch.float32)
+        # σ = √λ, so noise δ in λ moves σ by δ/(2σ): too much where σ is small.
+        smallest = values[:, -1] / values[:, 0].clamp(min=torch.finfo(torch.float64).tiny)
+        if not bool((smallest >= _FLOAT32_NOISE / (2 * _VALUE_TOLERANCE)).all()):
+            values = None
+    if values is None:
+        values = _gram_values(wide, torch.float64)
+    return Spectrum(values.cpu(), energy.cpu())
+
+
+def factors_of(matrices: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
+    """The two factors of the best approximation of `rank`, each carrying √σ (Pufferfish section 2.1).
+
+    Args:
+        matrices: (groups, rows, columns), any floating dtype.
+        rank: singular values kept in each group.
+        name: the layer, for messages.
+
+    Returns:
+        u (groups, rank, columns) and v (groups, rows, rank), in the input's dtype, with v·u ≈ matrices.
+
+    The small side's eigenvectors give one factor, the weight's projection on them the other, so at full rank the
+    product is the weight itself.
+    """
+    energy = finite_energy(matrices, name)
+    wide = _wide(matrices)
+    pair = None
+    if wide.shape[1] > _ALWAYS_DOUBLE and wide.dtype != torch.float64:
+        pair = _basis_and_projection(wide, rank, torch.float32, name)
+        lost = energy - torch.linalg.vector_norm(pair[1], dim=(1, 2), dtype=torch.float64) ** 2
+        # The truncation error is √lost. Where little is lost, float32 noise in the basis is a large part of it.
+        if not bool((lost >= rank / wide.shape[1] * _FLOAT32_NOISE / _ERROR_TOLERANCE * energy).all()):
+            pair = None
+    if pair is None:
+        pair = _basis_and_projection(wide, rank, torch.float64, name)
+    basis, projection = pair
+    scale = torch.linalg.vector_norm(projection, dim=2)
+    largest = scale.amax(dim=1, keepdim=True)
+    # The split does not change the product, so a vanishing σ may take any positive scale: never divide by zero.
+    tiny = torch.finfo(torch.float32).eps ** 2
+    root = torch.where(scale > tiny * largest, scale, torch.where(largest > 0, largest, 1.0)).sqrt()
+    wide_u, wide_v = projection / root[:, :, None], basis * root[:, None, :]
+    if matrices.shape[1] <= matrices.shape[2]:
+        u, v = wide_u, wide_v
+    else:
+        u, v = wide_v.mT, wide_u.mT
+    u, v = (factor.to(matrices.dtype).contiguous() for factor in (u, v))
+    for factor in (u, v):
+        if not bool(torch.isfinite(factor).all()):
+            raise WeightError(f"{name}: the factors overflow {matrices.dtype}; convert the checkpoint to float32 first")
+    return u, v
+
+
+def finite_energy(matrices: Tensor, name: str) -> Tensor:
+    """‖W‖² of each group (groups,) in float64.
+
+    Raises:
+        WeightError: a value is NaN or infinite. The sum shows it for free: float32 squares cannot overflow float64.
+    """
+    energy = torch.linalg.vector_norm(matrices, dim=(1, 2), dtype=torch.float64) ** 2
+    if not bool(torch.isfinite(energy).all()):
+        bad = matrices.numel() - int(torch.isfinite(matrices).sum())
+        what = f"{bad} of {matrices.numel()} values are NaN or infinite" if bad else "its values overflow float64"
+        raise WeightError(
+            f"{name or 'weight'}: {what}; use an earlier checkpoint, or leave the layer out with --exclude '{name}'"
+        )
+    return energy
+
+
+def _wide(matrices: Tensor) -> Tensor:
+    """(groups, small, large) in float32, or float64 if it was: eigenvectors of the first side are the short ones."""
+    if matrices.dtype not in (torch.float32, torch.float64):
+        matrices = matrices.float()
+    return matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+
+
+def _gram(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """wide·wideᵀ (groups, small, small) in `dtype`.
+
+    In float64 the product is summed over slices of columns, so that no float64 copy of the weight is ever whole in
+    memory. Only the blocks on and below the diagonal are computed: the eigenvalue routines read nothing else.
+    """
+    small = wide.shape[1]
+    gram = wide.new_zeros((wide.shape[0], small, small), dtype=dtype)
+    step = wide.shape[2] if dtype == wide.dtype else max(1024, small // 2)
+    half = small // 2 if small > _ALWAYS_DOUBLE else 0
+    for start in range(0, wide.shape[2], step):
+        part = wide[:, :, start : start + step].to(dtype)
+        if half:
+            top, bottom = part[:, :half], part[:, half:]
+            gram[:, :half, :half] += top @ top.mT
+            gram[:, half:, :half] += bottom @ top.mT
+            gram[:, half:, half:] += bottom @ bottom.mT
+        else:
+            gram += part @ part.mT
+    return gram
+
+
+def _gram_values(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Singular values (groups, small) from the Gram matrix in `dtype`, with an SVD where LAPACK gives up."""
+    try:
+        return torch.linalg.eigvalsh(_gram(wide, dtype)).flip(1).double().clamp(min=0).sqrt()
+    except torch.linalg.LinAlgError:
+        return torch.linalg.svdvals(wide.double())
+
+
+def _basis_and_projection(wide: Tensor, rank: int, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
+    """The leading eigenvectors (groups, small, rank) and the weight projected on them (groups, rank, large)."""
+    try:
+        basis = torch.linalg.eigh(_gram(wide, dtype)).eigenvectors[:, :, -rank:].flip(2)
+    except torch.linalg.LinAlgError:
+        try:
+            basis = torch.linalg.svd(wide.double(), full_matrices=False).U[:, :, :rank]
+        except torch.linalg.LinAlgError as error:
+            raise WeightError(f"{name}: the singular value decomposition did not converge ({error})") from error
+    if dtype == wide.dtype:
+        return basis, basis.mT @ wide
+    projection = wide.new_empty((wide.shape[0], rank, wide.shape[2]), dtype=dtype)
+    step = max(1024, wide.shape[1] // 2)
+    for start in range(0, wide.shape[2], step):
+        projection[:, :, start : start + step] = basis.mT @ wide[:, :, start : start + step].to(dtype)
+    return basis, projection

@@ -1,0 +1,113 @@
+"""Changing live modules to fit a plan. Structure only: every number comes from `factorization`.
+
+To factorize a module is to reshape it and load what `factorization` made of its state dict.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from lrconvert import factorization, rewrite
+from lrconvert.errors import PlanError
+from lrconvert.layers import FAMILIES, LowRank
+from lrconvert.layers.survey import layers_of_module
+from lrconvert.plan import LayerPlan, Plan
+from lrconvert.tensors import refs_of
+
+
+def reshape(model: nn.Module, plan: Plan) -> nn.Module:
+    """Put uninitialised factors in the place of every layer that the plan factorizes.
+
+    The layers are replaced inside `model`, which is returned; a model that is itself one layer cannot be changed
+    from within, so its replacement is returned instead. Nothing is changed when an error is raised.
+
+    Raises:
+        PlanError: a layer is missing, is of another kind or shape, or must stay dense in this model.
+    """
+    known = {layer.name: layer for layer in layers_of_module(model)}
+    replacements: list[tuple[LayerPlan, nn.Module]] = []
+    for decision in plan.low_rank:
+        layer = known.get(decision.name)
+        if layer is None:
+            raise PlanError(f"the plan factorizes {decision.name}, which the model does not have")
+        if layer.dense_reason:
+            raise PlanError(
+                f"{decision.name} cannot be low rank in this model ({layer.dense_reason}); "
+                f"factorize again with --model, or with --exclude '{decision.name}'"
+            )
+        if (layer.kind, layer.shape, layer.groups) != (decision.kind, decision.shape, decision.groups):
+            raise PlanError(
+                f"{decision.name}: the plan says {decision.kind} {decision.shape} in {decision.groups} group(s), "
+                f"the model has {layer.kind} {layer.shape} in {layer.groups}; factorize again with --model"
+            )
+        replacements.append((decision, model.get_submodule(decision.name)))
+    for decision, dense in replacements:
+        assert decision.rank is not None
+        low_rank = FAMILIES[decision.kind].low_rank.like(dense, decision.rank)
+        low_rank.train(dense.training)
+        low_rank.requires_grad_(dense.weight.requires_grad)  # type: ignore[union-attr, arg-type]
+        model = _replace(model, decision.name, low_rank)
+    return model
+
+
+def factorize_module(
+    model: nn.Module,
+    plan: Plan,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Factorize `model` in place and return it (see `reshape` for a model that is one layer).
+
+    Raises:
+        PlanError: the plan does not match the model.
+        WeightError: a weight is not finite.
+    """
+    device = device or rewrite.CPU
+    steps = factorization.factorizing(refs_of(model.state_dict()), plan, device)
+    tensors = dict(rewrite.run(steps, device, progress))
+    model = reshape(model, plan)
+    model.load_state_dict(tensors, strict=True)
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that `model`'s `LowRank` modules follow, read back from the modules themselves."""
+    return Plan(
+        layers=tuple(
+            LayerPlan(
+                name=name,
+                weight=f"{name}.weight" if name else "weight",
+                kind=module.kind,
+                shape=module.dense_shape,
+                groups=module.groups,
+                rank=module.rank,
+            )
+            for name, module in model.named_modules()
+            if isinstance(module, LowRank)
+        )
+    )
+
+
+def merge_module(model: nn.Module) -> nn.Module:
+    """Replace every `LowRank` inside `model` by the dense layer it stands for, multiplied out; returns the model."""
+    plan = plan_of(model)
+    tensors = dict(rewrite.run(factorization.merging(refs_of(model.state_dict()), plan)))
+    for layer in plan.low_rank:
+        low_rank = model.get_submodule(layer.name)
+        assert isinstance(low_rank, LowRank)
+        dense = low_rank.dense()
+        dense.train(low_rank.training)
+        dense.requires_grad_(all(parameter.requires_grad for parameter in low_rank.parameters()))
+        model = _replace(model, layer.name, dense)
+    model.load_state_dict(tensors, strict=True)
+    return model
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put `new` at the path `name` in `model`; the empty path is the model itself."""
+    if not name:
+        return new
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    return model

@@ -1,0 +1,68 @@
+"""A tensor that has not been read yet: what everything that streams a checkpoint passes around."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Running statistics and counters: state, but not parameters.
+_BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "relative_position_index")
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Shape and dtype of a tensor, and how to get its data.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        read: returns the tensor on the CPU, contiguous, fresh each time for files.
+        alias_of: the key of another tensor that shares this one's memory, if any.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    alias_of: str | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+def refs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorRef]:
+    """References to tensors that are in memory already; those that share memory are marked."""
+    refs: dict[str, TensorRef] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    for key, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        shared = tensor.numel() > 0 and tensor.device.type != "meta"
+        alias = seen.setdefault(place, key) if shared else key
+        refs[key] = TensorRef(
+            tuple(tensor.shape),
+            tensor.dtype,
+            lambda tensor=tensor: tensor.detach().cpu().contiguous(),  # type: ignore[misc]
+            None if alias == key else alias,
+        )
+    return refs
+
+
+def shapes_of(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
+    """Key to shape."""
+    return {key: ref.shape for key, ref in tensors.items()}
+
+
+def count_parameters(tensors: Mapping[str, TensorRef]) -> int:
+    """Parameters in a state dict: floating-point tensors that are not known buffers, shared ones counted once."""
+    return sum(
+        ref.numel
+        for key, ref in tensors.items()
+        if ref.dtype.is_floating_point and not ref.alias_of and not key.endswith(_BUFFER_NAMES)
+    )
