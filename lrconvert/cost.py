@@ -40,19 +40,24 @@ def countable() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False), torch.no_grad():  # type: ignore[no-untyped-call, attr-defined]
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Trace:
-    """Run `model` once on `inputs`, all on the meta device or all on a real one, and count.
+def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
+    """Run `model` once on the meta device, where nothing is computed, and count.
 
     Args:
-        model: run in eval mode; the mode it had is restored.
-        inputs: positional inputs, batch 1.
+        model: on any device, which it keeps; run in eval mode, and the mode it had is restored.
+        input_shape: shape of its one floating-point input, without the batch.
+
+    Raises:
+        Exception: whatever the model's forward raises on the meta device.
     """
+    inputs = torch.empty(1, *input_shape, device="meta")
+    state = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     positions: dict[str, int] = {}
     names = {module: name for name, module in model.named_modules() if family_of(module) or isinstance(module, LowRank)}
 
@@ -66,7 +71,7 @@ def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Trace:
     model.eval()
     try:
         with countable(), FlopCounterMode(display=False) as counter:
-            model(*inputs)
+            torch.func.functional_call(model, state, (inputs,))
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,13 +4,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lrconvert.errors import UnknownNameError, UsageError
-from lrconvert.models import python_file, torchvision
+from lrconvert.models import python_file, torchvision, zoo
 from lrconvert.models.architecture import Architecture
 
 __all__ = ["Architecture", "find_architecture"]
 
 # Prefix of the name to the function that makes (name without prefix, keyword arguments) an architecture.
-SOURCES: dict[str, Callable[[str, Mapping[str, Any]], Architecture]] = {"torchvision": torchvision.architecture}
+SOURCES: dict[str, Callable[[str, Mapping[str, Any]], Architecture]] = {
+    "torchvision": torchvision.architecture,
+    "zoo": zoo.architecture,
+}
 
 
 def find_architecture(name: str, args: Mapping[str, Any] | None = None) -> Architecture:

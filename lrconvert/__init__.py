@@ -1,0 +1,66 @@
+"""Make trained networks smaller and faster by low-rank factorization.
+
+The names below are the public API; everything else may change. They are imported on first use, so that
+`lrconvert --help` does not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lrconvert.api.analyze import analyze
+    from lrconvert.api.compare import compare
+    from lrconvert.api.export import export
+    from lrconvert.api.factorize import factorize, make_plan, merge
+    from lrconvert.api.info import info
+    from lrconvert.api.load import load, save
+    from lrconvert.errors import LrconvertError
+    from lrconvert.plan import LayerPlan, Plan, load_plan, save_plan
+
+__all__ = [
+    "LayerPlan",
+    "LrconvertError",
+    "Plan",
+    "analyze",
+    "compare",
+    "export",
+    "factorize",
+    "info",
+    "load",
+    "load_plan",
+    "make_plan",
+    "merge",
+    "save",
+    "save_plan",
+]
+
+_HOME = {
+    "LayerPlan": "plan",
+    "LrconvertError": "errors",
+    "Plan": "plan",
+    "analyze": "api.analyze",
+    "compare": "api.compare",
+    "export": "api.export",
+    "factorize": "api.factorize",
+    "info": "api.info",
+    "load": "api.load",
+    "load_plan": "plan",
+    "make_plan": "api.factorize",
+    "merge": "api.factorize",
+    "save": "api.load",
+    "save_plan": "plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lrconvert' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"lrconvert.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,97 @@
+"""What several verbs share."""
+
+from collections.abc import Mapping
+
+import torch
+
+from lrconvert import __version__
+from lrconvert.checkpoints import Header
+from lrconvert.errors import UsageError
+from lrconvert.network import Network
+from lrconvert.plan import Plan, PlanOptions
+from lrconvert.ranks import parse_rule
+from lrconvert.report.record import LayerDecision
+
+WRITTEN_BY = f"lrconvert {__version__}"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device behind "auto", "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        UsageError: torch does not know it, or this machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def plan_options(
+    rule: str = "auto",
+    *,
+    keep_first: int = 1,
+    keep_last: bool = True,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    floor: float = 0.0,
+    rank_multiple: int = 1,
+    layer_ranks: Mapping[str, int] | None = None,
+) -> PlanOptions:
+    """Plan options from a rule's text ("energy=0.9") and the settings of `PlanOptions`."""
+    return PlanOptions(
+        parse_rule(rule),
+        keep_first,
+        keep_last,
+        tuple(include),
+        tuple(exclude),
+        floor,
+        rank_multiple,
+        tuple((layer_ranks or {}).items()),
+    )
+
+
+def header_for(network: Network, plan: Plan | None) -> Header:
+    """The header of a file made from `network`; what an earlier header knew of the dense network is kept."""
+    before = network.checkpoint.header if network.checkpoint else None
+    architecture = network.architecture
+    return Header(
+        written_by=WRITTEN_BY,
+        model=architecture.name if architecture else before.model if before else None,
+        model_args=dict(architecture.args) if architecture else before.model_args if before else {},
+        input_shape=network.input_shape or (before.input_shape if before else None),
+        parameters=(before.parameters if before else None) or network.num_params,
+        macs=(before.macs if before else None) or (network.trace.macs if network.trace else None),
+        plan=plan,
+    )
+
+
+def layer_decisions(plan: Plan, network: Network | None = None) -> tuple[LayerDecision, ...]:
+    """One report row for every layer of `plan`, with MACs where `network` was traced as a dense network."""
+    positions = network.trace.positions if network is not None and network.trace else {}
+    rows = []
+    for decision in plan.layers:
+        layer = decision.layer
+        at = positions.get(decision.name)
+        rows.append(
+            LayerDecision(
+                name=decision.name,
+                kind=decision.kind,
+                shape=decision.shape,
+                groups=decision.groups,
+                full_rank=layer.full_rank,
+                rank=decision.rank,
+                reason=decision.reason,
+                error=decision.error,
+                num_params_before=layer.num_params,
+                num_params_after=decision.num_params_after,
+                macs_before=None if at is None else at * layer.num_params,
+                macs_after=None if at is None else at * decision.num_params_after,
+            )
+        )
+    return tuple(rows)

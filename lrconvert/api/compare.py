@@ -1,0 +1,144 @@
+"""`compare`: two checkpoints side by side, weights merged, outputs and latency measured where models are known."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrconvert.api.load import load
+from lrconvert.checkpoints import Checkpoint, open_checkpoint
+from lrconvert.cost import measure_latency
+from lrconvert.errors import CheckpointError
+from lrconvert.exporters.check import relative_difference, tensors_in
+from lrconvert.factorization import merge_weight
+from lrconvert.network import Network, open_network
+from lrconvert.plan import LayerPlan
+from lrconvert.report.record import CompareRecord, LayerDifference, Side
+
+
+def compare(
+    first: str | Path,
+    second: str | Path,
+    *,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    batch_size: int = 1,
+) -> CompareRecord:
+    """Put two checkpoints side by side.
+
+    Args:
+        first, second: checkpoints, dense or factorized; usually a network before and after.
+        model, model_args, input_shape: the architecture of both, where the files do not name it. With it, outputs
+            are compared on one random batch, and latency is measured in turn on this machine's CPU.
+        batch_size: of that batch.
+
+    Raises:
+        CheckpointError: a file cannot be read, or the two have no weight in common.
+    """
+    files = open_checkpoint(first), open_checkpoint(second)
+    if model is None:
+        # A file that lrconvert made from the other one may name the architecture for both.
+        named = [file.header for file in files if file.header and file.header.model]
+        if named and ".py:" not in str(named[0].model):
+            model, model_args = named[0].model, named[0].model_args
+            input_shape = input_shape or named[0].input_shape
+    networks = [open_network(file, model, model_args, input_shape) for file in files]
+    keys = [_dense_keys(file) for file in files]
+    shared = [key for key in keys[0] if key in keys[1]]
+    if not shared:
+        raise CheckpointError(f"{first} and {second} have no tensor in common")
+    sides = [_side(network) for network in networks]
+    difference, note = None, None
+    if all(network.module is not None and network.input_shape for network in networks):
+        difference, note, sides = _run_both(files, networks, sides, model, model_args, batch_size)
+    return CompareRecord(
+        first=sides[0],
+        second=sides[1],
+        output_difference=difference,
+        latency_note=note,
+        only_first=tuple(key for key in keys[0] if key not in keys[1]),
+        only_second=tuple(key for key in keys[1] if key not in keys[0]),
+        layers=tuple(_layer_differences(files, keys, shared)),
+    )
+
+
+def _dense_keys(checkpoint: Checkpoint) -> dict[str, LayerPlan | None]:
+    """Key of every tensor of the merged network, to the decision for it where it is factorized."""
+    plan = checkpoint.header.plan if checkpoint.header else None
+    factorized = {layer.key("u"): layer for layer in plan.low_rank} if plan else {}
+    renamed = {layer.key("v", "bias"): layer.bias_key for layer in plan.low_rank} if plan else {}
+    skipped = {layer.key("v") for layer in factorized.values()}
+    keys: dict[str, LayerPlan | None] = {}
+    for key in checkpoint.tensors:
+        if key in factorized:
+            keys[factorized[key].weight] = factorized[key]
+        elif key not in skipped:
+            keys[renamed.get(key, key)] = None
+    return keys
+
+
+def _layer_differences(
+    files: tuple[Checkpoint, Checkpoint], keys: list[dict[str, LayerPlan | None]], shared: list[str]
+) -> list[LayerDifference]:
+    rows = []
+    for key in shared:
+        weights = [_weight(file, key, where[key]) for file, where in zip(files, keys, strict=True)]
+        if weights[0] is None or weights[1] is None or weights[0].dim() < 2 or weights[0].shape != weights[1].shape:
+            continue
+        decisions = keys[0][key], keys[1][key]
+        rows.append(
+            LayerDifference(
+                name=key.removesuffix(".weight"),
+                shape=tuple(weights[0].shape),
+                rank=(decisions[0].rank if decisions[0] else None, decisions[1].rank if decisions[1] else None),
+                difference=relative_difference(weights[1], weights[0]),
+            )
+        )
+    return rows
+
+
+def _weight(checkpoint: Checkpoint, key: str, decision: LayerPlan | None) -> torch.Tensor | None:
+    """A merged floating-point tensor, or None for one of another type."""
+    if decision is None:
+        ref = checkpoint.tensors.get(key)
+        return ref.read() if ref is not None and ref.dtype.is_floating_point else None
+    u, v = (checkpoint.tensors[decision.key(factor)].read() for factor in ("u", "v"))
+    return merge_weight(u, v, decision)
+
+
+def _side(network: Network) -> Side:
+    assert network.checkpoint is not None
+    return Side(
+        source=network.name,
+        model=network.architecture.name if network.architecture else None,
+        num_params=network.num_params,
+        macs=network.trace.macs if network.trace else None,
+        nbytes=network.checkpoint.nbytes,
+    )
+
+
+def _run_both(
+    files: tuple[Checkpoint, Checkpoint],
+    networks: list[Network],
+    sides: list[Side],
+    model: str | None,
+    model_args: Mapping[str, Any] | None,
+    batch_size: int,
+) -> tuple[float | None, str, list[Side]]:
+    """(difference of outputs, what latency was measured on, sides with their latency)."""
+    shape = networks[0].input_shape
+    assert shape is not None
+    inputs = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+    models = [load(file, model, model_args=model_args).float() for file in files]
+    with torch.no_grad():
+        outputs = [torch.cat([out.flatten() for out in tensors_in(model(inputs))]) for model in models]
+        times = measure_latency([lambda model=model: model(inputs) for model in models])  # type: ignore[misc]
+    timed = [
+        side.model_copy(update={"latency_ms": time.median_ms, "latency_range_ms": (time.low_ms, time.high_ms)})
+        for side, time in zip(sides, times, strict=True)
+    ]
+    note = f"CPU, {torch.get_num_threads()} threads, float32, batch {batch_size}, median of {times[0].n}, in turn"
+    same = outputs[0].shape == outputs[1].shape
+    return relative_difference(outputs[1], outputs[0]) if same else None, note, timed

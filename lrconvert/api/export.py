@@ -1,0 +1,123 @@
+"""`export`: a checkpoint as ONNX, torch.export archive, safetensors, or dense again."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lrconvert.analysis import Progress
+from lrconvert.api.common import header_for, resolve_device
+from lrconvert.api.load import load
+from lrconvert.checkpoints import open_checkpoint, write_checkpoint
+from lrconvert.checkpoints.atomic import atomic_path, refuse_existing
+from lrconvert.errors import ModelError, UnknownNameError, UsageError, VerificationError
+from lrconvert.exporters import GRAPHS
+from lrconvert.factorization import merging
+from lrconvert.network import open_network
+from lrconvert.report.record import ExportRecord
+from lrconvert.rewrite import layout_of, moving
+from lrconvert.tensors import shapes_of
+
+TENSORS = ("safetensors", "dense")
+FORMATS = (*GRAPHS, *TENSORS)
+TOLERANCE = 1e-4
+
+
+def export(
+    source: str | Path,
+    output: str | Path,
+    format: str,
+    *,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    tolerance: float = TOLERANCE,
+    overwrite: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> ExportRecord:
+    """Write a checkpoint in another form, and check it before it is kept.
+
+    Args:
+        source: a checkpoint, dense or factorized.
+        output: what to write.
+        format: "onnx" or "pt2", the graph with its weights; "safetensors", the same tensors; "dense", the factors
+            multiplied out, in the format that `output` says.
+        model, model_args, input_shape: the architecture, where the file does not name it; graphs need it.
+        tolerance: largest relative difference between a graph's outputs and the model's.
+        overwrite: replace an existing output.
+        device: where factors are multiplied out.
+        progress: see `analyze`.
+
+    Raises:
+        ModelError: a graph was asked for and the architecture or its input shape is not known.
+        VerificationError: the graph computes something else than the model; nothing is written.
+    """
+    if format not in FORMATS:
+        raise UnknownNameError("export format", format, FORMATS)
+    path = Path(output)
+    refuse_existing(path, overwrite)
+    if format in GRAPHS:
+        return _export_graph(source, path, format, model, model_args, input_shape, tolerance, overwrite)
+    return _export_tensors(source, path, format, overwrite, device, progress)
+
+
+def _export_graph(
+    source: str | Path,
+    path: Path,
+    format: str,
+    model: str | None,
+    model_args: Mapping[str, Any] | None,
+    input_shape: tuple[int, ...] | None,
+    tolerance: float,
+    overwrite: bool,
+) -> ExportRecord:
+    checkpoint = open_checkpoint(source)
+    loaded = load(checkpoint, model, model_args=model_args)
+    network = open_network(checkpoint, model, model_args, input_shape)
+    if network.input_shape is None:
+        raise ModelError(f"{source}: the shape of its input is not known; add --input-shape 3,224,224")
+    header = header_for(network, checkpoint.header.plan if checkpoint.header else None)
+    with atomic_path(path, overwrite) as temporary:
+        checked = GRAPHS[format](loaded, network.input_shape, temporary, header, tolerance)
+        nbytes = temporary.stat().st_size
+    return ExportRecord(
+        source=str(source),
+        output=str(path),
+        format=format,
+        nbytes=nbytes,
+        checked_with=checked.runner,
+        batch_sizes=checked.batch_sizes,
+        difference=checked.difference,
+        opset=checked.opset,
+    )
+
+
+def _export_tensors(
+    source: str | Path, path: Path, format: str, overwrite: bool, device: str, progress: Progress | None
+) -> ExportRecord:
+    where = resolve_device(device)
+    network = open_network(source)
+    assert network.checkpoint is not None
+    if format == "safetensors" and path.suffix not in (".safetensors", ""):
+        raise UsageError(f"{path}: the format is safetensors, so end the output in .safetensors")
+    plan = network.checkpoint.header.plan if network.checkpoint.header else None
+    if format == "dense" and plan is not None:
+        steps, plan = merging(network.tensors, plan, where), None
+    else:
+        steps = [moving(key, ref, key) for key, ref in network.tensors.items()]
+    write_checkpoint(
+        path,
+        steps,
+        header_for(network, plan),
+        network.checkpoint,
+        overwrite=overwrite,
+        device=where,
+        progress=progress("writing", len(steps)) if progress else None,
+    )
+    written = open_checkpoint(path)
+    announced = {key: shape for key, (shape, _) in layout_of(steps).items()}
+    if shapes_of(written.tensors) != announced:
+        raise VerificationError(f"{path}: read back, its tensors are not the ones that were written")
+    return ExportRecord(
+        source=str(source), output=str(path), format=format, nbytes=written.nbytes, checked_with="read back"
+    )

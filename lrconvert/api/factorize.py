@@ -1,0 +1,208 @@
+"""`make_plan`, `factorize` and `merge`: deciding on ranks, and doing it to a file or to a live model."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+from torch import nn
+
+from lrconvert.analysis import Analysis, Progress, analyze_layers
+from lrconvert.api.common import header_for, layer_decisions, plan_options, resolve_device
+from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
+from lrconvert.errors import NothingToCompressError, PlanError, UsageError
+from lrconvert.factorization import factorizing
+from lrconvert.network import Network, Source, open_network
+from lrconvert.plan import Plan, decide, reasons_to_stay_dense
+from lrconvert.report.record import FactorizeRecord
+from lrconvert.surgery import factorize_module, merge_module
+
+
+def make_plan(
+    source: Source | Analysis,
+    rule: str = "auto",
+    *,
+    keep_first: int = 1,
+    keep_last: bool = True,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    floor: float = 0.0,
+    rank_multiple: int = 1,
+    layer_ranks: Mapping[str, int] | None = None,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    init: str | Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Plan:
+    """Decide which layers to factorize and at which ranks. Nothing is changed or written.
+
+    Args:
+        source: a checkpoint's path, a live model, or an analysis made earlier.
+        rule: name of a rank rule, perhaps with its number: "auto", "rank_ratio=0.25", "energy=0.9"; see
+            `lrconvert.ranks.RULES`.
+        keep_first, keep_last, include, exclude, floor, rank_multiple: see `lrconvert.plan.PlanOptions`.
+        layer_ranks: pattern to rank, overruling the rule.
+        model, model_args, input_shape, init, device, progress: see `analyze`.
+
+    Raises:
+        UsageError: the rule is unknown or a setting makes no sense.
+        PlanError: the network is factorized already.
+    """
+    options = plan_options(
+        rule,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        floor=floor,
+        rank_multiple=rank_multiple,
+        layer_ranks=layer_ranks,
+    )
+    network = (
+        source.network
+        if isinstance(source, Analysis)
+        else open_network(source, model, model_args, input_shape)
+    )
+    _refuse_factorized(network)
+    reasons = reasons_to_stay_dense(network.layers, options)
+    candidates = [layer for layer in network.layers if layer.name not in reasons]
+    if isinstance(source, Analysis):
+        missing = [layer.name for layer in candidates if layer.name not in source.spectra]
+        if missing:
+            raise UsageError(f"the analysis left {missing[0]} out; analyze without include and exclude")
+        analysis = source
+    else:
+        initial = open_network(init) if init is not None else None
+        analysis = analyze_layers(network, candidates, initial, resolve_device(device), progress)
+    # A layer named with --include is factorized even where its kind was a guess: the user settled it.
+    layers = [replace(layer, dense_reason="") if layer in candidates else layer for layer in network.layers]
+    xi = {layer.name: analysis.xi(layer) for layer in candidates}
+    return decide(layers, analysis.spectra, options, network.order, xi)
+
+
+@overload
+def factorize(source: nn.Module, plan: Plan | str = ..., **settings: Any) -> nn.Module: ...
+@overload
+def factorize(
+    source: str | Path | Checkpoint | Network, plan: Plan | str = ..., **settings: Any
+) -> FactorizeRecord: ...
+
+
+def factorize(
+    source: Source,
+    plan: Plan | str = "auto",
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> nn.Module | FactorizeRecord:
+    """Factorize a live model in place, or a checkpoint into another file.
+
+    Args:
+        source: a live model, or a checkpoint's path.
+        plan: a plan, or the name of a rule to make one with.
+        output: file or folder to write, for a checkpoint; its suffix says the format.
+        overwrite: replace an existing output.
+        dry_run: decide and report, write nothing.
+        model, model_args, input_shape, device, progress: see `analyze`.
+        settings: more arguments of `make_plan`, when `plan` is a rule.
+
+    Returns:
+        The model, changed in place (only a model that is itself one layer is a new object); or, for a checkpoint,
+        the record of what was done.
+
+    Raises:
+        NothingToCompressError: the plan factorizes no layer.
+        PlanError: the plan does not match.
+        OutputExistsError: the output exists.
+    """
+    started = time.perf_counter()
+    where = resolve_device(device)
+    network = open_network(source, model, model_args, input_shape)
+    _refuse_factorized(network)
+    if isinstance(source, nn.Module):
+        if output is not None or dry_run:
+            raise UsageError("a live model is factorized in place: no output, no dry run; lrconvert.save writes it")
+    elif not dry_run:
+        if output is None:
+            raise UsageError("factorizing a checkpoint needs an output path")
+        check_output(Path(output), network.checkpoint, overwrite)
+    if isinstance(plan, str):
+        plan = make_plan(network, plan, device=device, progress=progress, **settings)
+    elif settings:
+        raise UsageError(f"{', '.join(settings)}: a finished plan takes no more settings")
+    if not plan.low_rank:
+        raise NothingToCompressError(_why_nothing(plan, network))
+    if isinstance(source, nn.Module):
+        return factorize_module(source, plan, where)
+    steps = factorizing(network.tensors, plan, where)
+    if not dry_run:
+        advance = progress("factorizing", len(steps)) if progress else None
+        write_checkpoint(
+            Path(str(output)),
+            steps,
+            header_for(network, plan),
+            network.checkpoint,
+            overwrite=overwrite,
+            device=where,
+            progress=advance,
+        )
+    return _record(network, plan, None if dry_run else Path(str(output)), time.perf_counter() - started)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Multiply every pair of factors in `model` out again, in place; see `export` for files.
+
+    Returns:
+        The model; a new object only when the model is itself one low-rank layer.
+    """
+    return merge_module(model)
+
+
+def _refuse_factorized(network: Network) -> None:
+    header = network.checkpoint.header if network.checkpoint else None
+    if header is not None and header.plan is not None and header.plan.low_rank:
+        raise PlanError(
+            f"{network.name} is factorized already; factorize the dense file it came from, "
+            "or multiply it out first: lrconvert export --format dense"
+        )
+
+
+def _why_nothing(plan: Plan, network: Network) -> str:
+    reasons: dict[str, int] = {}
+    for layer in plan.layers:
+        reasons[layer.reason] = reasons.get(layer.reason, 0) + 1
+    most = sorted(reasons.items(), key=lambda item: -item[1])[:3]
+    shown = "; ".join(f"{count}× {reason}" for reason, count in most) or "no weight of two or more dimensions"
+    return f"{network.name}: no layer to factorize ({shown}); try another rule, --keep-first 0, or --include LAYER"
+
+
+def _record(network: Network, plan: Plan, output: Path | None, seconds: float) -> FactorizeRecord:
+    rows = layer_decisions(plan, network)
+    macs = network.trace.macs if network.trace else None
+    saved = sum((row.macs_before or 0) - (row.macs_after or 0) for row in rows)
+    return FactorizeRecord(
+        source=network.name,
+        output=str(output) if output else None,
+        model=network.architecture.name if network.architecture else None,
+        order=plan.order,
+        rule=plan.rule,
+        num_params_before=network.num_params,
+        num_params_after=network.num_params - plan.saved_params,
+        macs_before=macs,
+        macs_after=None if macs is None else macs - saved,
+        nbytes_before=network.checkpoint.nbytes if network.checkpoint else None,
+        nbytes_after=open_checkpoint(output).nbytes if output else None,
+        seconds=seconds if output else None,
+        notes=network.notes,
+        layers=rows,
+    )

@@ -1,0 +1,41 @@
+"""`info`: what a file says about itself, without reading its tensors."""
+
+from pathlib import Path
+
+from lrconvert.api.common import layer_decisions
+from lrconvert.checkpoints import open_checkpoint
+from lrconvert.network import open_network
+from lrconvert.report.record import InfoRecord
+
+
+def info(source: str | Path) -> InfoRecord:
+    """Describe a checkpoint: its format, its size and, if lrconvert wrote it, its plan.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    checkpoint = open_checkpoint(source)
+    network = open_network(checkpoint)
+    header, plan = checkpoint.header, checkpoint.header.plan if checkpoint.header else None
+    dense: dict[str, int] = {}
+    for layer in plan.layers if plan else ():
+        if layer.rank is None:
+            dense[layer.reason] = dense.get(layer.reason, 0) + 1
+    rows = layer_decisions(plan, None) if plan else ()
+    return InfoRecord(
+        source=str(source),
+        format=checkpoint.format,
+        notes=checkpoint.notes,
+        nbytes=checkpoint.nbytes,
+        num_tensors=len(checkpoint.tensors),
+        num_params=network.num_params,
+        dtypes=tuple(sorted({str(ref.dtype).removeprefix("torch.") for ref in checkpoint.tensors.values()})),
+        written_by=header.written_by if header else None,
+        model=header.model if header else None,
+        input_shape=header.input_shape if header else None,
+        rule=plan.rule if plan else None,
+        num_params_dense=header.parameters if header and plan else None,
+        macs_dense=header.macs if header and plan else None,
+        low_rank=tuple(row for row in rows if row.rank is not None),
+        dense=dense,
+    )

@@ -1,0 +1,87 @@
+"""`load` and `save`: a model from a checkpoint, and a checkpoint from a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrconvert.api.common import WRITTEN_BY
+from lrconvert.checkpoints import Checkpoint, Header, open_checkpoint, write_checkpoint
+from lrconvert.errors import ModelError, UsageError
+from lrconvert.models import Architecture
+from lrconvert.network import architecture_of, fit
+from lrconvert.rewrite import moving
+from lrconvert.surgery import plan_of, reshape
+from lrconvert.tensors import refs_of
+
+
+def load(
+    source: str | Path | Checkpoint,
+    model: nn.Module | str | None = None,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+) -> nn.Module:
+    """A model with a checkpoint's weights; a factorized checkpoint gives a factorized model.
+
+    Args:
+        source: a checkpoint, dense or factorized.
+        model: a live dense model to put the weights into (its layers are replaced in place), or the name of an
+            architecture; not needed for a file that names its own.
+        model_args: keyword arguments of a named architecture.
+        device: where the weights go, unless `model` is live: then they go where it is.
+
+    Returns:
+        The model in eval mode, or in the mode that a live `model` was in.
+
+    Raises:
+        ModelError: no architecture is known, or it does not match the checkpoint; a live model is not changed.
+        PlanError: the plan in the file does not fit the model.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if isinstance(model, nn.Module):
+        if model_args:
+            raise UsageError("model_args go with the name of an architecture, not with a live model")
+        return _fill(fit(model, checkpoint, type(model).__name__), checkpoint)
+    architecture = architecture_of(checkpoint, model, model_args)
+    if architecture is None:
+        named = checkpoint.header.model if checkpoint.header else None
+        why = f"names {named}, a Python file, which is only run when you ask" if named else "names no architecture"
+        raise ModelError(
+            f"{checkpoint.path} {why}; give one: load(path, model), or --model torchvision/NAME, or --model file.py:factory"
+        )
+    return _build(architecture, checkpoint).eval().to(device)
+
+
+def save(model: nn.Module, path: str | Path, *, architecture: str | None = None, overwrite: bool = False) -> None:
+    """Write a live model, factorized or not, so that `load` rebuilds it.
+
+    Args:
+        model: the model.
+        path: a .safetensors or .pt file.
+        architecture: name of the dense architecture ("torchvision/resnet50"), to load the file without a model.
+        overwrite: replace an existing file.
+    """
+    plan = plan_of(model)
+    header = Header(written_by=WRITTEN_BY, model=architecture, plan=plan if plan.low_rank else None)
+    steps = [moving(key, ref, key) for key, ref in refs_of(model.state_dict()).items()]
+    write_checkpoint(Path(path), steps, header, overwrite=overwrite)
+
+
+def _build(architecture: Architecture, checkpoint: Checkpoint) -> nn.Module:
+    model = _fill(fit(architecture.build(), checkpoint, architecture.name), checkpoint)
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        # Buffers that are computed by the constructor and not saved: only a real constructor makes them.
+        model = _fill(fit(architecture.build("cpu"), checkpoint, architecture.name), checkpoint)
+    return model
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    state = {key: ref.read() for key, ref in checkpoint.tensors.items()}
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    with torch.no_grad():
+        model.load_state_dict(state, strict=True, assign=on_meta)
+    return model

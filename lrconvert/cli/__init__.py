@@ -1,0 +1,67 @@
+"""The command line: one thin file a command. Each parses, calls one function of `lrconvert.api`, and renders."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import lrconvert
+from lrconvert.cli import analyze, compare, demo, export, factorize, info
+from lrconvert.errors import LrconvertError
+
+app = typer.Typer(
+    help="Make trained networks smaller and faster by low-rank factorization.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(analyze.analyze)
+app.command()(factorize.factorize)
+app.command()(export.export)
+app.command()(compare.compare)
+app.command()(info.info)
+app.command()(demo.demo)
+
+# typer keeps its exception classes private, but for this one, whose base every wrong argument raises.
+_WrongArguments = typer.BadParameter.__mro__[1]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lrconvert {lrconvert.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Make trained networks smaller and faster by low-rank factorization."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; see `lrconvert.errors` for what the codes mean."""
+    try:
+        result = app(args=None if arguments is None else list(arguments), prog_name="lrconvert", standalone_mode=False)
+    except LrconvertError as error:
+        return _fail(str(error), error.exit_code)
+    except _WrongArguments as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        return _fail(f"{error.format_message()}{hint}", 2)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; nothing was written", 130)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is wrong, and nobody is left to tell.
+        sys.stderr.close()
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code

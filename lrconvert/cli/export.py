@@ -1,0 +1,55 @@
+"""`lrconvert export`."""
+
+from typing import Annotated
+
+import typer
+
+from lrconvert.cli import options
+
+
+def export(
+    checkpoint: options.Checkpoint,
+    output: options.Output,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            help="onnx, pt2 (torch.export), safetensors, or dense: the factors multiplied out again.",
+        ),
+    ],
+    model: options.Model = None,
+    model_arg: options.ModelArg = None,
+    input_shape: options.InputShape = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Largest relative difference from the model's outputs.")
+    ] = 1e-4,
+    overwrite: options.Overwrite = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    as_csv: options.Csv = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Write a checkpoint in another form, checked before it is kept.
+
+    A graph (onnx, pt2) is run on random inputs and compared with the model.
+    """
+    import lrconvert
+    from lrconvert.cli.output import Sink
+
+    sink = Sink(as_json, as_csv, quiet, verbose)
+    with sink.progress() as progress:
+        record = lrconvert.export(
+            checkpoint,
+            output,
+            format,
+            model=model,
+            model_args=options.parse_model_args(model_arg),
+            input_shape=options.parse_shape(input_shape),
+            tolerance=tolerance,
+            overwrite=overwrite,
+            device=device,
+            progress=progress,
+        )
+    sink.show(record)

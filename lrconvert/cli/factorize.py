@@ -1,0 +1,144 @@
+"""`lrconvert factorize`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrconvert.cli import options
+from lrconvert.errors import UsageError
+
+
+def factorize(
+    checkpoint: options.Checkpoint,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A .safetensors or .pt file; a folder when CKPT is one."),
+    ] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Cuttlefish: scaled stable rank, for linear layers accumulative rank too.")
+    ] = False,
+    rank_ratio: Annotated[
+        float | None, typer.Option("--rank-ratio", help="Rank / full rank, the same in every layer (Pufferfish's ρ).")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="The same rank in every layer.")] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Share of the sum of squared singular values to keep.")
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            "--rule",
+            help="auto, stable_rank, scaled_stable_rank, accumulative=0.8, energy=0.9, rank_ratio=0.25 or rank=64.",
+            metavar="NAME[=NUMBER]",
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Run a plan that --save-plan wrote.", metavar="FILE")
+    ] = None,
+    save_plan: Annotated[
+        Path | None, typer.Option("--save-plan", help="Write the plan as JSON, to edit or run again.", metavar="FILE")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write no checkpoint.")] = False,
+    keep_first: Annotated[
+        int | None, typer.Option("--keep-first", help="K: leading layers that stay dense.  [default: 1]")
+    ] = None,
+    factorize_last: Annotated[
+        bool, typer.Option("--factorize-last", help="The last classifier too; by default it stays dense.")
+    ] = False,
+    layer_rank: Annotated[
+        list[str] | None,
+        typer.Option("--layer-rank", help="The rank of these layers, whatever the rule says.", metavar="PATTERN=RANK"),
+    ] = None,
+    rank_multiple: Annotated[
+        int | None, typer.Option("--rank-multiple", help="Round ranks to multiples of this (8 suits most hardware).")
+    ] = None,
+    rank_floor: Annotated[
+        float | None, typer.Option("--rank-floor", help="Smallest rank, as a share of full rank.")
+    ] = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    init: options.Init = None,
+    model: options.Model = None,
+    model_arg: options.ModelArg = None,
+    input_shape: options.InputShape = None,
+    overwrite: options.Overwrite = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    as_csv: options.Csv = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Replace layers by two thin ones, at ranks that a rule, a plan or --auto chooses.
+
+    The plan is stored in the file that is written, so that lrconvert.load rebuilds the model from it.
+    """
+    settings = {
+        "keep_first": keep_first,
+        "keep_last": False if factorize_last else None,
+        "include": include,
+        "exclude": exclude,
+        "floor": rank_floor,
+        "rank_multiple": rank_multiple,
+        "layer_ranks": options.parse_layer_ranks(layer_rank) or None,
+        "init": init,
+    }
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    wanted = _rule(auto, rank_ratio, rank, energy, rule, plan)
+    if output is None and not dry_run:
+        raise UsageError("say where to write with -o FILE.safetensors, or look first with --dry-run")
+    if plan is not None and chosen:
+        names = ", ".join("--" + name.replace("_", "-") for name in chosen)
+        raise UsageError(f"--plan has decided everything already: {names} would change nothing")
+
+    import lrconvert
+    from lrconvert.checkpoints import check_output
+    from lrconvert.checkpoints.atomic import refuse_existing
+    from lrconvert.cli.output import Sink
+    from lrconvert.network import open_network
+    from lrconvert.plan import load_plan
+
+    sink = Sink(as_json, as_csv, quiet, verbose)
+    network = open_network(
+        checkpoint, model, options.parse_model_args(model_arg), options.parse_shape(input_shape)
+    )
+    if output is not None and not dry_run:
+        check_output(output, network.checkpoint, overwrite)
+    if save_plan is not None:
+        refuse_existing(save_plan, overwrite)
+    with sink.progress() as progress:
+        ready = (
+            load_plan(plan)
+            if plan is not None
+            else lrconvert.make_plan(network, wanted, **chosen, device=device, progress=progress)  # type: ignore[arg-type]
+        )
+        if save_plan is not None:
+            lrconvert.save_plan(ready, save_plan)
+        record = lrconvert.factorize(
+            network, ready, output=output, overwrite=overwrite, dry_run=dry_run, device=device, progress=progress
+        )
+    sink.show(record)
+
+
+def _rule(
+    auto: bool,
+    rank_ratio: float | None,
+    rank: int | None,
+    energy: float | None,
+    rule: str | None,
+    plan: Path | None,
+) -> str:
+    """The one rule that the options name, as `lrconvert.make_plan` takes it; empty when a plan was given."""
+    shorthands = {"rank_ratio": rank_ratio, "rank": rank, "energy": energy}
+    rules = [f"{name}={value}" for name, value in shorthands.items() if value is not None]
+    rules += [rule] if rule is not None else []
+    rules += ["auto"] if auto else []
+    if plan is not None:
+        if rules:
+            raise UsageError(f"--plan and {rules[0].partition('=')[0]} both choose the ranks: give one of them")
+        return ""
+    if not rules:
+        raise UsageError("say how to choose the ranks: --auto, --rank-ratio, --rank, --energy, --rule or --plan")
+    if len(rules) > 1:
+        raise UsageError(f"one rank rule at a time: {' and '.join(rules)} were given")
+    return rules[0]

@@ -1,0 +1,75 @@
+"""Arguments and options that several commands share, each declared once."""
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrconvert.errors import UsageError
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A .pt, .pth, .bin or .safetensors file, or a folder.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="What to write; the suffix says the format.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Architecture: torchvision/NAME or file.py:factory (which is run).", metavar="MODEL"),
+]
+ModelArg = Annotated[
+    list[str] | None, typer.Option("--model-arg", help="Keyword argument of the architecture.", metavar="KEY=VALUE")
+]
+InputShape = Annotated[
+    str | None, typer.Option("--input-shape", help="Shape of one input without the batch.", metavar="3,224,224")
+]
+Include = Annotated[
+    list[str] | None, typer.Option("--include", "-i", help="Only layers like this: a glob, or re:REGEX.", metavar="PATTERN")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", "-e", help="Not layers like this; wins over -i.", metavar="PATTERN")
+]
+Init = Annotated[
+    Path | None, typer.Option("--init", help="The checkpoint at initialisation, to measure ξ.", metavar="CKPT")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout, all else on stderr.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print the record's rows as CSV on stdout, all else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every row and column.")]
+
+
+def parse_model_args(given: list[str] | None) -> dict[str, Any]:
+    """Keyword arguments from KEY=VALUE texts; a value that reads as a Python literal becomes one."""
+    parsed = {}
+    for text in given or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--model-arg {text}: write KEY=VALUE")
+        try:
+            parsed[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[key] = value
+    return parsed
+
+
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """(3, 224, 224) from "3,224,224" or "3x224x224"."""
+    if text is None:
+        return None
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise UsageError(f"--input-shape {text}: write positive numbers like 3,224,224, without the batch")
+    return shape
+
+
+def parse_layer_ranks(given: list[str] | None) -> dict[str, int]:
+    """Pattern to rank from PATTERN=RANK texts."""
+    parsed = {}
+    for text in given or []:
+        pattern, equals, rank = text.rpartition("=")
+        if not equals or not rank.isdecimal():
+            raise UsageError(f"--layer-rank {text}: write PATTERN=RANK, like 'layer4.*.conv2=96'")
+        parsed[pattern] = int(rank)
+    return parsed

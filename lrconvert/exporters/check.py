@@ -1,0 +1,90 @@
+"""Comparing an exported graph with the model it came from, before the file is kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrconvert.errors import VerificationError
+
+BATCH_SIZES = (1, 3)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was compared.
+
+    Attributes:
+        runner: what ran the exported graph ("onnxruntime 1.23").
+        batch_sizes: batch sizes it was run with.
+        difference: the largest ‖got − want‖ / ‖want‖ over outputs and batches.
+        opset: of an ONNX graph.
+    """
+
+    runner: str
+    batch_sizes: tuple[int, ...]
+    difference: float
+    opset: int | None = None
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, in order, out of tuples, lists and dictionaries."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [tensor for item in output for tensor in tensors_in(item)] if isinstance(output, list | tuple) else []
+
+
+def relative_difference(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖ in float64; ‖got‖ where `want` is zero."""
+    difference = torch.linalg.vector_norm(got.double() - want.double())
+    size = torch.linalg.vector_norm(want.double())
+    return float(difference / size) if size else float(difference)
+
+
+def check_against(
+    model: nn.Module,
+    run: Callable[[Tensor], list[Tensor]],
+    input_shape: tuple[int, ...],
+    tolerance: float,
+    path: Path,
+) -> float:
+    """Run both on random inputs, and return the largest relative difference.
+
+    Args:
+        model: in eval mode.
+        run: the exported graph; takes a batch, returns its outputs.
+        input_shape: shape of one input, without the batch.
+        tolerance: largest difference allowed.
+        path: of the export, for messages.
+
+    Raises:
+        VerificationError: the outputs differ by more than `tolerance`, or are not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    parameter = next(model.parameters())
+    worst = 0.0
+    for batch in BATCH_SIZES:
+        inputs = torch.randn(batch, *input_shape, generator=generator, dtype=torch.float32).to(parameter.dtype)
+        with torch.no_grad():
+            want = tensors_in(model(inputs))
+        got = run(inputs)
+        if len(got) != len(want):
+            raise VerificationError(f"{path}: {len(got)} outputs, the model has {len(want)}; nothing was kept")
+        for mine, theirs in zip(got, want, strict=True):
+            if mine.shape != theirs.shape or not bool(torch.isfinite(mine).all()):
+                raise VerificationError(
+                    f"{path}: gives {tuple(mine.shape)}, finite or not, where the model gives {tuple(theirs.shape)}; "
+                    "nothing was kept"
+                )
+            worst = max(worst, relative_difference(mine, theirs))
+    if worst > tolerance:
+        raise VerificationError(
+            f"{path}: outputs differ from the model's by {worst:.1e}, more than {tolerance:.0e}; nothing was kept "
+            "(--tolerance changes the limit)"
+        )
+    return worst

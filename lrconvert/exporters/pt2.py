@@ -1,0 +1,44 @@
+"""torch.export archives (.pt2), with a dynamic batch, loaded again and run before they are kept."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lrconvert.checkpoints import KEY, Header
+from lrconvert.errors import ModelError
+from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against, tensors_in
+
+
+def write_pt2(model: nn.Module, input_shape: tuple[int, ...], path: Path, header: Header, tolerance: float) -> Checked:
+    """Export `model` with a dynamic batch to `path`, the header among the archive's extra files.
+
+    Args:
+        model: in eval mode, on the CPU.
+        input_shape: shape of one input, without the batch.
+        path: does not exist yet.
+        header: stored as the extra file "lrconvert".
+        tolerance: largest relative difference allowed.
+
+    Raises:
+        ModelError: torch cannot export the model.
+        VerificationError: the archive computes something else than the model.
+    """
+    example = torch.randn(2, *input_shape, dtype=torch.float32).to(next(model.parameters()).dtype)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            torch.export.save(program, path, extra_files={KEY: header.model_dump_json(exclude_defaults=True)})
+            loaded = torch.export.load(path).module()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"torch cannot export this model: {reason}") from error
+
+    def run(inputs: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return tensors_in(loaded(inputs))
+
+    difference = check_against(model, run, input_shape, tolerance, path)
+    return Checked(f"torch {torch.__version__}", BATCH_SIZES, difference)

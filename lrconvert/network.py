@@ -1,0 +1,208 @@
+"""The network a job works on: its tensors, its layers in order, and what a forward pass showed of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lrconvert.checkpoints import Checkpoint, open_checkpoint
+from lrconvert.cost import Trace, trace
+from lrconvert.errors import ModelError
+from lrconvert.factorization import merging
+from lrconvert.layers import FAMILIES, Layer
+from lrconvert.layers.survey import layers_of_module, layers_of_tensors
+from lrconvert.models import Architecture, find_architecture
+from lrconvert.plan import Order
+from lrconvert.rewrite import layout_of
+from lrconvert.surgery import reshape
+from lrconvert.tensors import TensorRef, count_parameters, refs_of, shapes_of
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network whose tensors have not been read yet.
+
+    Attributes:
+        name: the path, or the class of a live model.
+        tensors: its state dict.
+        layers: every weight of two or more dimensions, in `order`.
+        order: "execution" where a forward pass showed it, else "file".
+        num_params: parameters, shared ones counted once.
+        trace: what one forward pass showed, where there was one.
+        module: the live model, or the architecture on the meta device, reshaped by the file's plan if it has one.
+        checkpoint: the file, unless the source was a live model.
+        architecture: where the module came from, if it was built by name.
+        input_shape: shape of one input without the batch, where it is known.
+        notes: what a user should know about how it was read.
+    """
+
+    name: str
+    tensors: dict[str, TensorRef]
+    layers: tuple[Layer, ...]
+    order: Order
+    num_params: int
+    trace: Trace | None = None
+    module: nn.Module | None = None
+    checkpoint: Checkpoint | None = None
+    architecture: Architecture | None = None
+    input_shape: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+Source = str | Path | Checkpoint | nn.Module | Network
+
+
+def open_network(
+    source: Source,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+) -> Network:
+    """Find out what can be known about `source` without reading its weights.
+
+    Args:
+        source: path of a checkpoint, an open checkpoint, or a live model; a network comes back as it is.
+        model: name of the architecture; a file that lrconvert wrote may name it itself.
+        model_args: keyword arguments of the architecture.
+        input_shape: shape of one input without the batch, to find the execution order and count MACs.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        ModelError: the architecture cannot be built, or does not match the file.
+    """
+    if isinstance(source, Network):
+        return source
+    if isinstance(source, nn.Module):
+        tensors = refs_of(source.state_dict())
+        network = Network(type(source).__name__, tensors, (), "file", 0, module=source)
+        return _with_module(network, source, input_shape)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    network = Network(
+        str(checkpoint.path), checkpoint.tensors, (), "file", 0, checkpoint=checkpoint, notes=checkpoint.notes
+    )
+    architecture = architecture_of(checkpoint, model, model_args)
+    if architecture is None:
+        return _from_file_alone(network)
+    module = fit(architecture.build(), checkpoint, architecture.name)
+    header = checkpoint.header
+    shape = input_shape or (header.input_shape if header else None) or architecture.input_shape
+    return _with_module(replace(network, architecture=architecture), module, shape)
+
+
+def architecture_of(
+    checkpoint: Checkpoint, model: str | None = None, model_args: Mapping[str, Any] | None = None
+) -> Architecture | None:
+    """The architecture that the user or the file's header names, or None.
+
+    A header is data from somewhere else: it may name a library's model, but never makes a Python file run.
+    """
+    if model is not None:
+        return find_architecture(model, model_args)
+    header = checkpoint.header
+    if header is None or header.model is None or ".py:" in header.model:
+        return None
+    return find_architecture(header.model, header.model_args)
+
+
+def fit(module: nn.Module, checkpoint: Checkpoint, name: str) -> nn.Module:
+    """The dense `module`, reshaped by the checkpoint's plan if it has one, so that its tensors load strictly.
+
+    Args:
+        module: changed in place, but only once it is known that everything fits.
+        checkpoint: whose tensors are to fit.
+        name: of the module, for messages.
+
+    Raises:
+        ModelError: keys or shapes differ.
+        PlanError: the plan does not fit the module.
+    """
+    plan = checkpoint.header.plan if checkpoint.header else None
+    if plan is None:
+        _check_match(module, shapes_of(checkpoint.tensors), name)
+        return module
+    merged = layout_of(merging(checkpoint.tensors, plan))
+    _check_match(module, {key: shape for key, (shape, _) in merged.items()}, name)
+    return reshape(module, plan)
+
+
+def _check_match(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: str) -> None:
+    """Raise ModelError unless the dense `module` has the keys and shapes in `found`."""
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    for key, shape in wanted.items():
+        if key in found and found[key] != shape:
+            hint = ""
+            if len(shape) <= 2 and shape[1:] == found[key][1:]:
+                hint = f"; if its number of classes differs, add --model-arg num_classes={found[key][0]}"
+            raise ModelError(f"{key}: {found[key]} in the checkpoint, {shape} in {name}{hint}")
+    # Checkpoints from before torch 0.4.1 have no counters, and torch loads them all the same.
+    missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in found if key not in wanted]
+    if missing or unexpected:
+        parts = [
+            f"{len(keys)} key(s) {where} ({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})"
+            for keys, where in ((missing, "missing from the checkpoint"), (unexpected, "unknown to the model"))
+            if keys
+        ]
+        raise ModelError(f"the checkpoint does not match {name}: {'; '.join(parts)}; is this the right --model?")
+
+
+def _from_file_alone(network: Network) -> Network:
+    shapes = {key: ref.shape for key, ref in network.tensors.items() if ref.dtype.is_floating_point}
+    layers = tuple(_tied(layer, network.tensors) for layer in layers_of_tensors(shapes))
+    return replace(network, layers=layers, num_params=count_parameters(network.tensors))
+
+
+def _tied(layer: Layer, tensors: Mapping[str, TensorRef]) -> Layer:
+    """`layer`, kept dense when the file stores its weight only once for several keys."""
+    others = [key for key, ref in tensors.items() if ref.alias_of == layer.weight]
+    first = tensors[layer.weight].alias_of or next(iter(others), None)
+    return replace(layer, dense_reason=f"shared with {first}", guess=False) if first else layer
+
+
+def _with_module(network: Network, module: nn.Module, input_shape: tuple[int, ...] | None) -> Network:
+    layers = layers_of_module(module)
+    network = replace(
+        network,
+        layers=layers,
+        module=module,
+        num_params=sum(parameter.numel() for parameter in module.parameters()),
+        input_shape=input_shape,
+    )
+    if input_shape is None:
+        return replace(network, notes=(*network.notes, "MACs and execution order need --input-shape"))
+    try:
+        found = trace(module, input_shape)
+    except Exception as error:
+        # Any model may fail on the meta device, and all that is lost is the order and the MACs.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return replace(network, notes=(*network.notes, f"no MACs and no execution order: the model failed ({reason})"))
+    return replace(network, layers=_in_execution_order(layers, found), order="execution", trace=found)
+
+
+def _in_execution_order(layers: tuple[Layer, ...], found: Trace) -> tuple[Layer, ...]:
+    """Called layers in the order of their first call; the others follow the layer registered before them."""
+    turn = {name: index for index, name in enumerate(found.positions)}
+    last, keyed = -1, []
+    for layer in layers:
+        if layer.name in turn:
+            last = turn[layer.name]
+        elif layer.kind in FAMILIES and not layer.dense_reason:
+            layer = replace(layer, dense_reason="never called in a forward pass")
+        keyed.append((last, layer))
+    return tuple(layer for _, layer in sorted(keyed, key=lambda pair: pair[0]))
+
+
+def require_module(network: Network) -> nn.Module:
+    """The network's module on the meta device.
+
+    Raises:
+        ModelError: nothing says which architecture the file belongs to.
+    """
+    if network.module is None:
+        raise ModelError(
+            f"{network.name} does not say which architecture it belongs to; "
+            "give --model torchvision/NAME or --model file.py:factory"
+        )
+    return network.module

@@ -1,0 +1,262 @@
+"""Records as tables for people: 80 columns wide, with more columns where there is more room."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lrconvert.report import record as records
+
+_BARS = "▁▂▃▄▅▆▇█"
+_DECADES = 3
+WIDE = 110
+
+
+def render(record: records.Record, console: Console, verbose: bool = False) -> None:
+    """Print `record`.
+
+    Args:
+        record: any record of `lrconvert.report.record`.
+        console: where to; its width decides how many columns are shown.
+        verbose: every row and column, whatever the width.
+    """
+    for kind, renderer in _RENDERERS.items():
+        if isinstance(record, kind):
+            renderer(record, console, verbose or console.width >= WIDE, verbose)
+            return
+    raise TypeError(f"no table for {type(record).__name__}")
+
+
+def count(number: float | None, unit: str = "") -> str:
+    """1234567 as "1.23 M"; "–" for None."""
+    if number is None:
+        return "–"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.2f} {letter}{unit}"
+    return f"{number:g} {unit}".rstrip()
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """(64, 3, 7, 7) as "64×3×7×7"."""
+    return "×".join(str(size) for size in shape)
+
+
+def spectrum_picture(profile: Sequence[float], width: int) -> str:
+    """One bar for each of `width` values of `profile`, from σ_max down, their height logarithmic over 3 decades."""
+    from math import log10
+
+    points = [profile[round(i * (len(profile) - 1) / max(width - 1, 1))] for i in range(min(width, len(profile)))]
+    heights = [0.0 if value <= 0 else max(0.0, 1 + log10(value) / _DECADES) for value in points]
+    return "".join(_BARS[min(int(height * len(_BARS)), len(_BARS) - 1)] for height in heights)
+
+
+def _table(*columns: tuple[str, str], title: str = "") -> Table:
+    """A table of (heading, justification) columns, long names folded."""
+    table = Table(box=None, pad_edge=False, title=title or None, title_justify="left", header_style="bold")
+    for heading, justify in columns:
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=justify == "right")  # type: ignore[arg-type]
+    return table
+
+
+def _totals(rows: Sequence[tuple[str, float | None, float | None, str]]) -> Table:
+    """What a network cost before and after: (name, before, after, unit)."""
+    table = _table(("", "left"), ("before", "right"), ("after", "right"), ("after/before", "right"))
+    for name, before, after, unit in rows:
+        if before is None or after is None:
+            continue
+        ratio = f"{after / before:.3f}" if before else "–"
+        table.add_row(name, count(before, unit), count(after, unit), ratio)
+    return table
+
+
+def _reasons(console: Console, heading: str, reasons: Counter[str]) -> None:
+    if not reasons:
+        return
+    console.print(f"\n[bold]{heading}[/bold]")
+    for reason, number in reasons.most_common():
+        console.print(f"  {number:4} × {reason}", markup=False)
+
+
+def _notes(console: Console, notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _analyze(record: records.AnalyzeRecord, console: Console, wide: bool, verbose: bool) -> None:
+    console.print(f"[bold]{record.source}[/bold]" + (f"  {record.model}" if record.model else ""))
+    _notes(console, record.notes)
+    columns = [("layer", "left"), ("shape", "left"), ("full", "right"), ("stable", "right"), ("scaled", "right")]
+    extra = [("kind", "left"), ("params", "right"), ("MACs", "right"), ("e90", "right"), ("a80", "right")]
+    table = _table(*columns, *(extra if wide else ()), ("spectrum", "left"))
+    for row in record.layers:
+        cells = [
+            row.name or "(root)",
+            shape_text(row.shape) + (f" /{row.groups}" if row.groups > 1 else ""),
+            str(row.full_rank),
+            f"{row.stable_rank:.1f}",
+            f"{row.scaled_stable_rank:.0f}",
+        ]
+        if wide:
+            guess = "?" if row.evidence == "shape" else ""
+            cells += [row.kind + guess, count(row.num_params), count(row.macs)]
+            cells += [str(row.energy_rank_90), str(row.accumulative_rank_80)]
+        style = "dim" if row.dense_reason else None
+        table.add_row(*cells, spectrum_picture(row.profile, 24 if wide else 12), style=style)
+    console.print(table)
+    console.print(
+        f"\nLayers in {record.order} order. full: min(out, in·k²). stable: Σσ²/σ_max². scaled: ξ·stable. "
+        + ("e90, a80: rank for 0.9 of Σσ², 0.8 of Σσ. ?: kind guessed from the shape. " if wide else "")
+        + "spectrum: σ/σ_max from first to last, logarithmic, three decades high.",
+        style="dim",
+    )
+    _reasons(console, "Not factorizable", Counter(row.dense_reason for row in record.layers if row.dense_reason))
+    size = f", {count(record.nbytes, 'B')} on disk" if record.nbytes else ""
+    macs = f", {count(record.macs)} MACs ({record.mac_convention})" if record.macs is not None else ""
+    console.print(f"\n{len(record.layers)} weights, {record.num_params:,} parameters{macs}{size}", markup=False)
+
+
+def _decision_rows(rows: Sequence[records.LayerDecision], wide: bool) -> Table:
+    extra = [("kind", "left"), ("params", "right"), ("MACs", "right"), ("why", "left")]
+    columns = [("layer", "left"), ("shape", "left"), ("rank", "right"), ("full", "right"), ("size", "right")]
+    table = _table(*columns, ("error", "right"), *(extra if wide else ()))
+    for row in rows:
+        cells = [
+            row.name or "(root)",
+            shape_text(row.shape) + (f" /{row.groups}" if row.groups > 1 else ""),
+            "dense" if row.rank is None else str(row.rank),
+            str(row.full_rank),
+            f"{row.num_params_after / row.num_params_before:.0%}" if row.num_params_before else "–",
+            "–" if row.error is None else f"{row.error:.3f}",
+        ]
+        if wide:
+            cells += [row.kind, count(row.num_params_after), count(row.macs_after), row.reason]
+        table.add_row(*cells, style="dim" if row.rank is None else None)
+    return table
+
+
+def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, verbose: bool) -> None:
+    to = f" → {record.output}" if record.output else "  (dry run: nothing is written)"
+    console.print(f"[bold]{record.source}[/bold]{to}")
+    console.print(f"rule {record.rule}, layers in {record.order} order", markup=False)
+    _notes(console, record.notes)
+    rows = [row for row in record.layers if row.rank is not None or verbose]
+    console.print(_decision_rows(rows, wide))
+    console.print("\nsize: elements of both factors / of the weight. error: predicted ‖W − VU‖/‖W‖.", style="dim")
+    if not verbose:
+        _reasons(console, "Dense", Counter(row.reason for row in record.layers if row.rank is None))
+    console.print()
+    console.print(
+        _totals(
+            [
+                ("parameters", record.num_params_before, record.num_params_after, ""),
+                ("MACs", record.macs_before, record.macs_after, ""),
+                ("on disk (measured)", record.nbytes_before, record.nbytes_after, "B"),
+            ]
+        )
+    )
+    if record.macs_before is not None:
+        console.print(f"MACs: {record.mac_convention}.", style="dim")
+    if record.seconds is not None:
+        console.print(f"{record.seconds:.1f} s", style="dim")
+
+
+def _export(record: records.ExportRecord, console: Console, wide: bool, verbose: bool) -> None:
+    console.print(f"[bold]{record.source}[/bold] → {record.output}  ({record.format}, {count(record.nbytes, 'B')})")
+    if record.difference is None:
+        console.print(f"checked: {record.checked_with}")
+        return
+    batches = " and ".join(str(size) for size in record.batch_sizes)
+    opset = f", opset {record.opset}" if record.opset else ""
+    console.print(
+        f"checked: {record.checked_with}, batches of {batches}, largest relative difference "
+        f"{record.difference:.1e}{opset}"
+    )
+
+
+def _compare(record: records.CompareRecord, console: Console, wide: bool, verbose: bool) -> None:
+    a, b = record.first, record.second
+    console.print(f"[bold]A[/bold] {a.source}\n[bold]B[/bold] {b.source}")
+    table = _table(("layer", "left"), ("shape", "left"), ("rank A", "right"), ("rank B", "right"), ("B − A", "right"))
+    shown = [row for row in record.layers if verbose or row.difference or row.rank != (None, None)]
+    for row in shown:
+        ranks = ["dense" if rank is None else str(rank) for rank in row.rank]
+        table.add_row(row.name or "(root)", shape_text(row.shape), *ranks, f"{row.difference:.3g}")
+    if shown:
+        console.print(table)
+    same = len(record.layers) - len(shown)
+    console.print(f"{same} of {len(record.layers)} weights are equal; B − A: ‖B − A‖/‖A‖ of merged weights", style="dim")
+    for side, keys in (("A", record.only_first), ("B", record.only_second)):
+        if keys:
+            console.print(f"only in {side}: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}", markup=False)
+    console.print()
+    totals = _table(("", "left"), ("A", "right"), ("B", "right"), ("B/A", "right"))
+    lines: list[tuple[str, float | None, float | None, Callable[[float], str]]] = [
+        ("parameters", a.num_params, b.num_params, count),
+        ("MACs", a.macs, b.macs, count),
+        ("on disk (measured)", a.nbytes, b.nbytes, lambda value: count(value, "B")),
+        ("latency (measured)", a.latency_ms, b.latency_ms, lambda value: f"{value:.2f} ms"),
+    ]
+    for name, first, second, text in lines:
+        if first is not None and second is not None:
+            totals.add_row(name, text(first), text(second), f"{second / first:.3f}" if first else "–")
+    console.print(totals)
+    if record.latency_note:
+        console.print(f"latency: {record.latency_note}", style="dim", markup=False)
+    if record.output_difference is not None:
+        console.print(f"outputs differ by {record.output_difference:.2e} (‖b − a‖/‖a‖, one random batch)")
+
+
+def _info(record: records.InfoRecord, console: Console, wide: bool, verbose: bool) -> None:
+    console.print(f"[bold]{record.source}[/bold]")
+    console.print(
+        f"{record.format}, {count(record.nbytes, 'B')}, {record.num_tensors} tensors of "
+        f"{', '.join(record.dtypes)}, {record.num_params:,} parameters",
+        markup=False,
+    )
+    _notes(console, record.notes)
+    if record.written_by is None:
+        console.print("not written by lrconvert: a dense checkpoint, as far as anything says")
+        return
+    console.print(f"written by {record.written_by}" + (f" for {record.model}" if record.model else ""), markup=False)
+    if record.rule is None:
+        console.print("dense: no plan in it")
+        return
+    console.print(f"rule {record.rule}" if record.rule else "ranks read from a live model", markup=False)
+    console.print(_decision_rows(record.low_rank, wide))
+    _reasons(console, "Dense", Counter(record.dense))
+    console.print()
+    console.print(_totals([("parameters", record.num_params_dense, record.num_params, "")]))
+
+
+def _demo(record: records.DemoRecord, console: Console, wide: bool, verbose: bool) -> None:
+    names = [("", "left"), ("params", "right"), ("MACs", "right"), ("on disk", "right")]
+    table = _table(*names, ("accuracy", "right"), ("latency", "right"))
+    for step in record.steps:
+        table.add_row(
+            step.name,
+            count(step.num_params),
+            count(step.macs),
+            count(step.nbytes, "B"),
+            f"{step.accuracy:.1%}",
+            f"{step.latency_ms:.2f} ms",
+        )
+    console.print(table)
+    console.print(
+        f"accuracy on held-out digits and latency of a batch of {record.batch_size} are measured; "
+        f"MACs: {record.mac_convention}.",
+        style="dim",
+    )
+    console.print(f"The files are in {record.folder}", markup=False)
+
+
+_RENDERERS: dict[type[records.Record], Callable[[Any, Console, bool, bool], None]] = {
+    records.AnalyzeRecord: _analyze,
+    records.FactorizeRecord: _factorize,
+    records.ExportRecord: _export,
+    records.CompareRecord: _compare,
+    records.InfoRecord: _info,
+    records.DemoRecord: _demo,
+}
