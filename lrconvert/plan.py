@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lrconvert.errors import PlanError, UsageError
-from lrconvert.layers import FAMILIES, Layer
+from lrconvert.layers import FAMILIES, WEIGHT_LAYERS, Layer
 from lrconvert.patterns import check_patterns, first_match, matches
 from lrconvert.ranks import Evidence, Rule, closed_form_xi
 from lrconvert.spectrum import Spectrum
@@ -101,8 +101,8 @@ class PlanOptions:
 
     Attributes:
         rule: chooses the ranks.
-        keep_first: K, how many leading linear and convolution layers stay dense.
-        keep_last: whether the last linear layer, the classifier, stays dense.
+        keep_first: K, how many leading layers stay dense; None for one, unless no other layer can be factorized.
+        keep_last: whether the last layer, where it is linear, stays dense, unless no other layer can be factorized.
         include: patterns; when there are any, only matching layers are factorized. A pattern without wildcards also
             overrules `keep_first`, `keep_last` and a guessed reason to stay dense, for the layer it names.
         exclude: patterns of layers that stay dense; they win over `include`.
@@ -112,7 +112,7 @@ class PlanOptions:
     """
 
     rule: Rule
-    keep_first: int = 1
+    keep_first: int | None = None
     keep_last: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -121,7 +121,7 @@ class PlanOptions:
     layer_ranks: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.keep_first < 0:
+        if self.keep_first is not None and self.keep_first < 0:
             raise UsageError(f"--keep-first must be 0 or more, not {self.keep_first}")
         if self.rank_multiple < 1:
             raise UsageError(f"--rank-multiple must be 1 or more, not {self.rank_multiple}")
@@ -184,23 +184,33 @@ def reasons_to_stay_dense(layers: Sequence[Layer], options: PlanOptions) -> dict
     check_patterns(options.include, names, "--include")
     check_patterns(options.exclude, names, "--exclude")
     check_patterns([pattern for pattern, _ in options.layer_ranks], names, "--layer-rank")
-    counted = [layer for layer in layers if layer.kind in FAMILIES]
-    first = {layer.name for layer in counted[: options.keep_first]}
-    last = counted[-1].name if options.keep_last and counted and counted[-1].kind == "linear" else None
-    reasons = {}
-    for layer in layers:
-        named = layer.name in options.include
-        if excluded := first_match(options.exclude, layer.name):
-            reasons[layer.name] = f"excluded by '{excluded}'"
-        elif layer.dense_reason and not (named and layer.guess):
-            reasons[layer.name] = layer.dense_reason
-        elif options.include and not first_match(options.include, layer.name):
-            reasons[layer.name] = "not included"
-        elif layer.name in first and not named:
-            reasons[layer.name] = "first layer" if options.keep_first == 1 else f"first {options.keep_first} layers"
-        elif layer.name == last and not named:
-            reasons[layer.name] = "last classifier"
-    return reasons
+    reasons = {layer.name: reason for layer in layers if (reason := _own_reason(layer, options))}
+    at_ends = {name: reason for name, reason in _ends(layers, options).items() if name not in reasons}
+    if options.keep_first is None and len(reasons) + len(at_ends) == len(layers):
+        return reasons
+    return reasons | at_ends
+
+
+def _own_reason(layer: Layer, options: PlanOptions) -> str:
+    """Why `layer` stays dense wherever it stands in the network; empty when nothing says so."""
+    if excluded := first_match(options.exclude, layer.name):
+        return f"excluded by '{excluded}'"
+    if layer.dense_reason and not (layer.guess and layer.name in options.include):
+        return layer.dense_reason
+    if options.include and not first_match(options.include, layer.name):
+        return "not included"
+    return ""
+
+
+def _ends(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
+    """By layer name, why the first and the last layers stay dense, but for those that are included by name."""
+    counted = [layer for layer in layers if layer.kind in WEIGHT_LAYERS]
+    keep_first = 1 if options.keep_first is None else options.keep_first
+    first = "first layer" if keep_first == 1 else f"first {keep_first} layers"
+    ends = dict.fromkeys((layer.name for layer in counted[:keep_first]), first)
+    if options.keep_last and counted and counted[-1].kind == "linear":
+        ends.setdefault(counted[-1].name, "last classifier")
+    return {name: reason for name, reason in ends.items() if name not in options.include}
 
 
 def _rank_or_reason(evidence: Evidence, options: PlanOptions) -> tuple[int | None, str]:
@@ -216,7 +226,7 @@ def _rank_or_reason(evidence: Evidence, options: PlanOptions) -> tuple[int | Non
         reason = str(options.rule)
         rank = _rounded(rank, options.rank_multiple, layer.break_even_rank)
     if rank > layer.break_even_rank:
-        return None, f"rank {rank} would not shrink it (break-even {layer.break_even_rank})"
+        return None, f"would not shrink: rank {rank}, break-even {layer.break_even_rank}"
     return rank, reason
 
 

@@ -39,6 +39,7 @@ class RuleKind:
         meaning: one line for help texts.
         default: the number when none is given; None when one must be given, or when the rule takes none.
         low, high: the number must lie in (low, high]; both None for a rule that takes no number.
+        whole: whether it must be a whole number.
     """
 
     choose: RankFunction
@@ -46,6 +47,7 @@ class RuleKind:
     default: float | None = None
     low: float | None = None
     high: float | None = None
+    whole: bool = False
 
 
 RULES: dict[str, RuleKind] = {}
@@ -88,8 +90,10 @@ def parse_rule(text: str) -> Rule:
         raise UsageError(f"rule '{name}': '{number}' is not a number") from None
     if value is None or not kind.low < value <= kind.high:
         given = "none was given" if value is None else f"{value:g} was given"
-        bounds = f"above {kind.low:g}" + (f", at most {kind.high:g}" if math.isfinite(kind.high) else "")
+        bounds = f"above {kind.low:g}" + (f", at most {kind.high:g}" if kind.high < 2**31 else "")
         raise UsageError(f"rule '{name}' needs a number {bounds} ({kind.meaning}); {given}: write {name}=NUMBER")
+    if kind.whole and not value.is_integer():
+        raise UsageError(f"rule '{name}' needs a whole number ({kind.meaning}), not {value:g}")
     return Rule(name, value)
 
 
@@ -110,12 +114,17 @@ def measured_xi(layer: Layer, at_initialisation: Spectrum) -> float:
 
 
 def _rule(
-    name: str, meaning: str, default: float | None = None, low: float | None = None, high: float | None = None
+    name: str,
+    meaning: str,
+    default: float | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    whole: bool = False,
 ) -> Callable[[RankFunction], RankFunction]:
     """Register the decorated function as the rule `name`."""
 
     def register(choose: RankFunction) -> RankFunction:
-        RULES[name] = RuleKind(choose, meaning, default, low, high)
+        RULES[name] = RuleKind(choose, meaning, default, low, high, whole)
         return choose
 
     return register
@@ -152,7 +161,7 @@ def _rank_ratio(evidence: Evidence, rho: float) -> int:
     return int(rho * evidence.layer.full_rank + 1e-9)
 
 
-@_rule("rank", "the same rank in every layer", None, 0, math.inf)
+@_rule("rank", "the same rank in every layer", None, 0, 2**31, whole=True)
 def _rank(_: Evidence, rank: float) -> int:
     return int(rank)
 

@@ -35,7 +35,7 @@ def resolve_device(name: str) -> torch.device:
 def plan_options(
     rule: str = "auto",
     *,
-    keep_first: int = 1,
+    keep_first: int | None = None,
     keep_last: bool = True,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),

@@ -23,7 +23,7 @@ def make_plan(
     source: Source | Analysis,
     rule: str = "auto",
     *,
-    keep_first: int = 1,
+    keep_first: int | None = None,
     keep_last: bool = True,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),

@@ -57,6 +57,9 @@ def read_torch(path: Path) -> Checkpoint:
     else:
         tensors = refs_of(state)
         notes = (*notes, "written by torch before 1.6: read whole, not a tensor at a time")
+    weights, size = sum(ref.nbytes for ref in tensors.values() if not ref.alias_of), path.stat().st_size
+    if weights < 0.9 * size:
+        notes = (*notes, f"{weights:,} of the file's {size:,} bytes are its weights")
     return Checkpoint(path, "torch", tensors, header, notes, {path: tuple(tensors)})
 
 

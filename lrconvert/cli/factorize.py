@@ -41,7 +41,7 @@ def factorize(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write no checkpoint.")] = False,
     keep_first: Annotated[
-        int | None, typer.Option("--keep-first", help="K: leading layers that stay dense.  [default: 1]")
+        int | None, typer.Option("--keep-first", help="K: leading layers that stay dense; 1 unless said otherwise.")
     ] = None,
     factorize_last: Annotated[
         bool, typer.Option("--factorize-last", help="The last classifier too; by default it stays dense.")

@@ -9,7 +9,7 @@ from lrconvert.layers.layer import Evidence, Layer
 from lrconvert.layers.linear import LowRankLinear
 from lrconvert.layers.lowrank import LowRank
 
-__all__ = ["FAMILIES", "Evidence", "Family", "Layer", "LowRank", "family_of"]
+__all__ = ["FAMILIES", "WEIGHT_LAYERS", "Evidence", "Family", "Layer", "LowRank", "family_of"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ FAMILIES: dict[str, Family] = {
     "linear": Family("linear", nn.Linear, LowRankLinear),
     **{kind: Family(kind, conv, LowRankConv) for kind, conv in CONV_TYPES.items()},
 }
+
+# Kinds that count when the first K layers are to stay dense: everything that multiplies its input by a matrix.
+WEIGHT_LAYERS = frozenset({*FAMILIES, "recurrent", "attention", "conv_transpose", "transposed"})
 
 
 def family_of(module: nn.Module) -> Family | None:

@@ -117,7 +117,7 @@ def _guess(
     key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], previous_out: int
 ) -> tuple[str, str, bool]:
     """(kind, reason to stay dense, whether naming the layer overrules it) of one weight in a file."""
-    settle = "give --model, or name it with --include"
+    settle = "--model, or --include its name, settles it"
     name = _layer_name(key)
     prefix = f"{name}." if name else ""
     bias = shapes.get(f"{prefix}bias")

@@ -73,11 +73,17 @@ def _totals(rows: Sequence[tuple[str, float | None, float | None, str]]) -> Tabl
 
 
 def _reasons(console: Console, heading: str, reasons: Counter[str]) -> None:
+    """Reasons to stay dense with how many layers each holds for; those of one sort ("sort: detail") become one line."""
     if not reasons:
         return
+    sorts = Counter(reason.partition(":")[0] for reason in reasons)
+    shown: Counter[str] = Counter()
+    for reason, number in reasons.items():
+        sort = reason.partition(":")[0]
+        shown[sort if sorts[sort] > 2 else reason] += number
     console.print(f"\n[bold]{heading}[/bold]")
-    for reason, number in reasons.most_common():
-        console.print(f"  {number:4} × {reason}", markup=False)
+    for reason, number in shown.most_common():
+        console.print(f"  {number:4} × {reason}", markup=False, soft_wrap=True)
 
 
 def _notes(console: Console, notes: Sequence[str]) -> None:
@@ -90,7 +96,8 @@ def _analyze(record: records.AnalyzeRecord, console: Console, wide: bool, verbos
     _notes(console, record.notes)
     columns = [("layer", "left"), ("shape", "left"), ("full", "right"), ("stable", "right"), ("scaled", "right")]
     extra = [("kind", "left"), ("params", "right"), ("MACs", "right"), ("e90", "right"), ("a80", "right")]
-    table = _table(*columns, *(extra if wide else ()), ("spectrum", "left"))
+    headings = [*columns, *(extra if wide else ()), ("spectrum", "left")]
+    rows = []
     for row in record.layers:
         cells = [
             row.name or "(root)",
@@ -103,8 +110,12 @@ def _analyze(record: records.AnalyzeRecord, console: Console, wide: bool, verbos
             guess = "?" if row.evidence == "shape" else ""
             cells += [row.kind + guess, count(row.num_params), count(row.macs)]
             cells += [str(row.energy_rank_90), str(row.accumulative_rank_80)]
-        style = "dim" if row.dense_reason else None
-        table.add_row(*cells, spectrum_picture(row.profile, 24 if wide else 12), style=style)
+        rows.append(cells)
+    widths = [max(map(len, column)) + 2 for column in zip([name for name, _ in headings[:-1]], *rows, strict=True)]
+    bars = min(max(console.width - sum(widths), 6), len(max((row.profile for row in record.layers), key=len, default=())))
+    table = _table(*headings)
+    for row, cells in zip(record.layers, rows, strict=True):
+        table.add_row(*cells, spectrum_picture(row.profile, bars), style="dim" if row.dense_reason else None)
     console.print(table)
     console.print(
         f"\nLayers in {record.order} order. full: min(out, in·k²). stable: Σσ²/σ_max². scaled: ξ·stable. "
@@ -112,7 +123,7 @@ def _analyze(record: records.AnalyzeRecord, console: Console, wide: bool, verbos
         + "spectrum: σ/σ_max from first to last, logarithmic, three decades high.",
         style="dim",
     )
-    _reasons(console, "Not factorizable", Counter(row.dense_reason for row in record.layers if row.dense_reason))
+    _reasons(console, "Kept dense", Counter(row.dense_reason for row in record.layers if row.dense_reason))
     size = f", {count(record.nbytes, 'B')} on disk" if record.nbytes else ""
     macs = f", {count(record.macs)} MACs ({record.mac_convention})" if record.macs is not None else ""
     console.print(f"\n{len(record.layers)} weights, {record.num_params:,} parameters{macs}{size}", markup=False)
@@ -146,7 +157,7 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
     console.print(_decision_rows(rows, wide))
     console.print("\nsize: elements of both factors / of the weight. error: predicted ‖W − VU‖/‖W‖.", style="dim")
     if not verbose:
-        _reasons(console, "Dense", Counter(row.reason for row in record.layers if row.rank is None))
+        _reasons(console, "Kept dense", Counter(row.reason for row in record.layers if row.rank is None))
     console.print()
     console.print(
         _totals(
@@ -226,7 +237,7 @@ def _info(record: records.InfoRecord, console: Console, wide: bool, verbose: boo
         return
     console.print(f"rule {record.rule}" if record.rule else "ranks read from a live model", markup=False)
     console.print(_decision_rows(record.low_rank, wide))
-    _reasons(console, "Dense", Counter(record.dense))
+    _reasons(console, "Kept dense", Counter(record.dense))
     console.print()
     console.print(_totals([("parameters", record.num_params_dense, record.num_params, "")]))
 

