@@ -5,8 +5,10 @@ storage in the file but no data (https://docs.pytorch.org/tutorials/unstable/gpu
 format can only be read whole.
 """
 
+import contextlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,32 +37,44 @@ def read_torch(path: Path) -> Checkpoint:
     in_zip = zipfile.is_zipfile(path)
     if in_zip:
         _refuse_other_archives(path)
+    lazy = in_zip
     try:
-        if in_zip:
-            with FakeTensorMode():
-                content = torch.load(path, weights_only=True, map_location="cpu")
-        else:
-            content = torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise _explain(path, error) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: not a whole torch file ({reason}); copy it again") from None
+        content = _load(path, FakeTensorMode() if lazy else contextlib.nullcontext())
+    except UnsafeCheckpointError:
+        raise
+    except CheckpointError:
+        if not lazy:
+            raise
+        # Some tensors (sparse ones) have no fake form. The file may be whole all the same.
+        lazy, content = False, _load(path, contextlib.nullcontext())
     state, notes = unwrap(content, str(path))
     for key, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise CheckpointError(f"{path}: '{key}' is sparse or quantized; only plain tensors can be factorized")
     metadata = content if isinstance(content, dict) else {}
     header = read_header(metadata, str(path))
-    if in_zip:
-        tensors = _lazy(path, state)
-    else:
-        tensors = refs_of(state)
+    tensors = _lazy(path, state) if lazy else refs_of(state)
+    if not in_zip:
         notes = (*notes, "written by torch before 1.6: read whole, not a tensor at a time")
     weights, size = sum(ref.nbytes for ref in tensors.values() if not ref.alias_of), path.stat().st_size
     if weights < 0.9 * size:
         notes = (*notes, f"{weights:,} of the file's {size:,} bytes are its weights")
     return Checkpoint(path, "torch", tensors, header, notes, {path: tuple(tensors)})
+
+
+def _load(path: Path, mode: contextlib.AbstractContextManager[Any]) -> Any:
+    """What torch.load returns in `mode`, with every failure in one line."""
+    try:
+        with mode, warnings.catch_warnings():
+            # torch warns of what it then refuses, or of costs that do not arise here.
+            warnings.simplefilter("ignore")
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise _explain(path, error) from None
+    except Exception as error:
+        # Anything may come out of a damaged pickle: an index out of range, a missing attribute, no memory.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: not a whole torch file ({reason}); copy it again") from None
 
 
 def _lazy(path: Path, state: dict[str, Tensor]) -> dict[str, TensorRef]:
@@ -99,7 +113,14 @@ def write_torch(path: Path, tensors: Iterable[tuple[str, Tensor]], order: Iterab
     content: dict[str, Any] = {"state_dict": {key: made[key] for key in order}}
     if header is not None:
         content[KEY] = header.model_dump_json(exclude_defaults=True)
-    torch.save(content, path)
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        # torch's zip writer hides what the system said, a full disk for one, behind an error of its own.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _refuse_other_archives(path: Path) -> None:
@@ -120,11 +141,10 @@ def _refuse_other_archives(path: Path) -> None:
 def _explain(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
     """What the weights-only unpickler refused, in one line."""
     text = str(error)
-    name = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global):? ([\w.]+)", text)
+    name = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", text)
     if name is None:
         reason = text.splitlines()[0] if text else "unreadable pickle"
         return CheckpointError(f"{path}: not a torch file, or a damaged one ({reason})")
-    found = name.group(1) or name.group(2)
     return UnsafeCheckpointError(
-        f"{path}: holds a pickled '{found}', and reading that would run code; {_SAVE_AGAIN}"
+        f"{path}: holds a pickled '{name.group(1)}', and reading that would run code; {_SAVE_AGAIN}"
     )
