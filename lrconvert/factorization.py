@@ -15,6 +15,7 @@ from lrconvert.rewrite import CPU, Rewrite, moving
 from lrconvert.spectrum import factors_of
 from lrconvert.tensors import TensorRef, shapes_of
 
+
 def matrix_view(weight: Tensor, groups: int) -> Tensor:
     """(groups, out/groups, in/groups · kernel elements) view of a weight stored out first."""
     return weight.reshape(groups, weight.shape[0] // groups, -1)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lrconvert.errors import WeightError
 
+LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
 # Below this full rank float64 costs next to nothing.
 _ALWAYS_DOUBLE = 128
 # Eigenvalues of a float32 Gram matrix are off by about this times the largest one (6e-6 was the most seen, 2048×2048).
@@ -85,7 +87,8 @@ def spectrum_of(matrices: Tensor, name: str) -> Spectrum:
     energy = finite_energy(matrices, name)
     wide = _wide(matrices)
     values = None
-    if wide.shape[1] > _ALWAYS_DOUBLE and wide.dtype != torch.float64:
+    # A nearly square matrix nearly always has singular values too small for float32: it is not tried.
+    if _ALWAYS_DOUBLE < wide.shape[1] < 0.9 * wide.shape[2] and wide.dtype != torch.float64:
         values = _gram_values(wide, torch.float32)
         # σ = √λ, so noise δ in λ moves σ by δ/(2σ): too much where σ is small.
         smallest = values[:, -1] / values[:, 0].clamp(min=torch.finfo(torch.float64).tiny)
@@ -188,7 +191,7 @@ def _gram_values(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """Singular values (groups, small) from the Gram matrix in `dtype`, with an SVD where LAPACK gives up."""
     try:
         return torch.linalg.eigvalsh(_gram(wide, dtype)).flip(1).double().clamp(min=0).sqrt()
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return torch.linalg.svdvals(wide.double())
 
 
@@ -196,10 +199,10 @@ def _basis_and_projection(wide: Tensor, rank: int, dtype: torch.dtype, name: str
     """The leading eigenvectors (groups, small, rank) and the weight projected on them (groups, rank, large)."""
     try:
         basis = torch.linalg.eigh(_gram(wide, dtype)).eigenvectors[:, :, -rank:].flip(2)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         try:
             basis = torch.linalg.svd(wide.double(), full_matrices=False).U[:, :, :rank]
-        except torch.linalg.LinAlgError as error:
+        except LinAlgError as error:
             raise WeightError(f"{name}: the singular value decomposition did not converge ({error})") from error
     if dtype == wide.dtype:
         return basis, basis.mT @ wide

@@ -46,7 +46,7 @@ def reshape(model: nn.Module, plan: Plan) -> nn.Module:
         assert decision.rank is not None
         low_rank = FAMILIES[decision.kind].low_rank.like(dense, decision.rank)
         low_rank.train(dense.training)
-        low_rank.requires_grad_(dense.weight.requires_grad)  # type: ignore[union-attr, arg-type]
+        low_rank.requires_grad_(dense.weight.requires_grad)  # type: ignore[arg-type]
         model = _replace(model, decision.name, low_rank)
     return model
 
@@ -55,7 +55,7 @@ def factorize_module(
     model: nn.Module,
     plan: Plan,
     device: torch.device | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[], None] | None = None,
 ) -> nn.Module:
     """Factorize `model` in place and return it (see `reshape` for a model that is one layer).
 

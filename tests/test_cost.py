@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lrconvert.cost import measure_latency, trace
-from lrconvert.surgery import factorize_module
 from lrconvert.plan import LayerPlan, Plan
+from lrconvert.surgery import factorize_module
 
 
 def test_linear_and_convolution():

@@ -61,11 +61,7 @@ def make_plan(
         rank_multiple=rank_multiple,
         layer_ranks=layer_ranks,
     )
-    network = (
-        source.network
-        if isinstance(source, Analysis)
-        else open_network(source, model, model_args, input_shape)
-    )
+    network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
     _refuse_factorized(network)
     reasons = reasons_to_stay_dense(network.layers, options)
     candidates = [layer for layer in network.layers if layer.name not in reasons]

@@ -13,7 +13,7 @@ from lrconvert.errors import ModelError, UsageError
 from lrconvert.models import Architecture
 from lrconvert.network import architecture_of, fit
 from lrconvert.rewrite import moving
-from lrconvert.surgery import plan_of, reshape
+from lrconvert.surgery import plan_of
 from lrconvert.tensors import refs_of
 
 
@@ -50,7 +50,7 @@ def load(
         named = checkpoint.header.model if checkpoint.header else None
         why = f"names {named}, a Python file, which is only run when you ask" if named else "names no architecture"
         raise ModelError(
-            f"{checkpoint.path} {why}; give one: load(path, model), or --model torchvision/NAME, or --model file.py:factory"
+            f"{checkpoint.path} {why}; give one: load(path, model), --model torchvision/NAME or --model file.py:factory"
         )
     return _build(architecture, checkpoint).eval().to(device)
 

@@ -63,9 +63,7 @@ def read_index(path: Path) -> Checkpoint:
         if key not in shards[name].tensors:
             raise CheckpointError(f"{path}: says '{key}' is in {name}, but it is not; download both again")
         tensors[key] = shards[name].tensors[key]
-    files = {
-        path.parent / name: tuple(key for key, where in weight_map.items() if where == name) for name in shards
-    }
+    files = {path.parent / name: tuple(key for key, where in weight_map.items() if where == name) for name in shards}
     first = next(iter(shards.values()))
     return Checkpoint(path, "folder", tensors, first.header, first.notes, files)
 

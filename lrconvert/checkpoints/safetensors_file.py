@@ -50,9 +50,7 @@ def read_safetensors(path: Path) -> Checkpoint:
             metadata = file.metadata()
             tensors = {key: _ref(path, key, file) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}); download or copy it again"
-        ) from None
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
     header = read_header(metadata, str(path))
     return Checkpoint(path, "safetensors", tensors, header, files={path: tuple(tensors)})
 
@@ -111,6 +109,6 @@ def write_safetensors(
                 raise AssertionError(f"{key}: {tuple(tensor.shape)} {tensor.dtype} was announced as {shape} {dtype}")
             missing.remove(key)
             file.seek(8 + len(text) + offsets[key])
-            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     if missing:
         raise AssertionError(f"announced but never written: {sorted(missing)}")

@@ -91,7 +91,9 @@ def _lazy(path: Path, state: dict[str, Tensor]) -> dict[str, TensorRef]:
 def _reader(path: Path, fake: Tensor) -> Any:
     """A function that reads one tensor: the bytes of the file that it spans, and no more."""
     shape, stride, dtype = tuple(fake.shape), fake.stride(), fake.dtype
-    first = fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * dtype.itemsize  # type: ignore[attr-defined]
+    start = fake.untyped_storage()._checkpoint_offset
+    assert isinstance(start, int)
+    first = start + int(fake.storage_offset()) * dtype.itemsize
     span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if fake.numel() else 0
 
     def read() -> Tensor:

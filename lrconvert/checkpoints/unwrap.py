@@ -39,9 +39,11 @@ def unwrap(content: Any, where: str) -> tuple[dict[str, Tensor], tuple[str, ...]
         left = [str(key) for key in content if key not in (wrapper, "lrconvert")]
         notes.append(f"read from '{wrapper}'" + (f"; left behind: {', '.join(left)}" if left else ""))
         content = content[wrapper]
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)} if (
-        isinstance(content, Mapping)
-    ) else {}
+    tensors = (
+        {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+        if (isinstance(content, Mapping))
+        else {}
+    )
     if not tensors:
         raise CheckpointError(f"{where}: no tensors in it; save a state dict with torch.save(model.state_dict(), path)")
     other = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]

@@ -25,7 +25,7 @@ app.command()(info.info)
 app.command()(demo.demo)
 
 # typer keeps its exception classes private, but for this one, whose base every wrong argument raises.
-_WrongArguments = typer.BadParameter.__mro__[1]
+_WrongArguments: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _version(wanted: bool) -> None:

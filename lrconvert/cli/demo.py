@@ -29,4 +29,6 @@ def demo(
         if not quiet:
             sink.console.print(text, highlight=False)
 
-    sink.show(run_demo(output, overwrite=overwrite, seed=seed, show=sink.show if not (as_json or as_csv) else None, say=say))
+    sink.show(
+        run_demo(output, overwrite=overwrite, seed=seed, show=sink.show if not (as_json or as_csv) else None, say=say)
+    )

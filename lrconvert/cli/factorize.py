@@ -99,9 +99,7 @@ def factorize(
     from lrconvert.plan import load_plan
 
     sink = Sink(as_json, as_csv, quiet, verbose)
-    network = open_network(
-        checkpoint, model, options.parse_model_args(model_arg), options.parse_shape(input_shape)
-    )
+    network = open_network(checkpoint, model, options.parse_model_args(model_arg), options.parse_shape(input_shape))
     if output is not None and not dry_run:
         check_output(output, network.checkpoint, overwrite)
     if save_plan is not None:

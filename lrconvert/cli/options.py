@@ -8,7 +8,9 @@ import typer
 
 from lrconvert.errors import UsageError
 
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A .pt, .pth, .bin or .safetensors file, or a folder.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="A .pt, .pth, .bin or .safetensors file, or a folder.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="What to write; the suffix says the format.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Model = Annotated[
@@ -22,7 +24,8 @@ InputShape = Annotated[
     str | None, typer.Option("--input-shape", help="Shape of one input without the batch.", metavar="3,224,224")
 ]
 Include = Annotated[
-    list[str] | None, typer.Option("--include", "-i", help="Only layers like this: a glob, or re:REGEX.", metavar="PATTERN")
+    list[str] | None,
+    typer.Option("--include", "-i", help="Only layers like this: a glob, or re:REGEX.", metavar="PATTERN"),
 ]
 Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", "-e", help="Not layers like this; wins over -i.", metavar="PATTERN")

@@ -19,9 +19,7 @@ from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against
 _PROTOBUF_LIMIT = 2_000_000_000
 
 
-def write_onnx(
-    model: nn.Module, input_shape: tuple[int, ...], path: Path, header: Header, tolerance: float
-) -> Checked:
+def write_onnx(model: nn.Module, input_shape: tuple[int, ...], path: Path, header: Header, tolerance: float) -> Checked:
     """Export `model` with a dynamic batch to `path`, the header among the graph's metadata.
 
     Args:
@@ -63,7 +61,9 @@ def write_onnx(
         return [torch.from_numpy(output) for output in session.run(None, {name: inputs.numpy()})]
 
     difference = check_against(model, run, input_shape, tolerance, path)
-    opset = next(entry.version for entry in onnx.load(str(path), load_external_data=False).opset_import if not entry.domain)
+    opset = next(
+        entry.version for entry in onnx.load(str(path), load_external_data=False).opset_import if not entry.domain
+    )
     return Checked(f"onnxruntime {onnxruntime.__version__}", BATCH_SIZES, difference, opset)
 
 

@@ -64,7 +64,7 @@ def _judge(module: nn.Module, parameter: str, parent: nn.Module | None) -> tuple
         child = next((child for child, value in parent._modules.items() if value is module), "")
         if child in READ_BY_PARENT.get(type(parent).__name__, ()):
             return family.kind, groups, f"{type(parent).__name__} reads this weight without calling the layer"
-    if groups > 1 and module.weight.shape[1] == 1:  # type: ignore[union-attr, index]
+    if groups > 1 and module.weight.shape[1] == 1:  # type: ignore[index]
         return family.kind, groups, "depthwise: one input channel a group, nothing to factorize"
     return family.kind, groups, ""
 

@@ -31,6 +31,6 @@ def _input_shape(name: str) -> tuple[int, ...] | None:
 
     if name not in torchvision.models.list_models(module=torchvision.models):
         return None
-    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]
+    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     size = int(transforms.crop_size[0])
     return (3, size, size)

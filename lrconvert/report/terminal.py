@@ -112,7 +112,9 @@ def _analyze(record: records.AnalyzeRecord, console: Console, wide: bool, verbos
             cells += [str(row.energy_rank_90), str(row.accumulative_rank_80)]
         rows.append(cells)
     widths = [max(map(len, column)) + 2 for column in zip([name for name, _ in headings[:-1]], *rows, strict=True)]
-    bars = min(max(console.width - sum(widths), 6), len(max((row.profile for row in record.layers), key=len, default=())))
+    bars = min(
+        max(console.width - sum(widths), 6), len(max((row.profile for row in record.layers), key=len, default=()))
+    )
     table = _table(*headings)
     for row, cells in zip(record.layers, rows, strict=True):
         table.add_row(*cells, spectrum_picture(row.profile, bars), style="dim" if row.dense_reason else None)
@@ -198,7 +200,9 @@ def _compare(record: records.CompareRecord, console: Console, wide: bool, verbos
     if shown:
         console.print(table)
     same = len(record.layers) - len(shown)
-    console.print(f"{same} of {len(record.layers)} weights are equal; B − A: ‖B − A‖/‖A‖ of merged weights", style="dim")
+    console.print(
+        f"{same} of {len(record.layers)} weights are equal; B − A: ‖B − A‖/‖A‖ of merged weights", style="dim"
+    )
     for side, keys in (("A", record.only_first), ("B", record.only_second)):
         if keys:
             console.print(f"only in {side}: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}", markup=False)

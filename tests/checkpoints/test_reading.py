@@ -140,7 +140,7 @@ class Runs:
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, legacy):
     mark = tmp_path / "ran"
     torch.save({"w": Runs(mark)}, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UnsafeCheckpointError, match="holds a pickled 'posix.mkdir', and reading that would run code"):
+    with pytest.raises(UnsafeCheckpointError, match=r"holds a pickled 'posix\.mkdir', and reading that would run code"):
         open_checkpoint(tmp_path / "m.pt")
     assert not mark.exists()
 
@@ -221,13 +221,13 @@ def test_folders_that_cannot_be_read(tmp_path):
         open_checkpoint(tmp_path)
     index = write_shards(tmp_path, ".safetensors")
     (tmp_path / "part-2.safetensors").rename(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(CheckpointError, match="names the shard 'part-2.safetensors', which is not beside it"):
+    with pytest.raises(CheckpointError, match=r"names the shard 'part-2\.safetensors', which is not beside it"):
         open_checkpoint(tmp_path)
     index.write_text('{"weight_map": {"x": "../elsewhere.safetensors"}}')
     with pytest.raises(CheckpointError, match="not beside it"):
         open_checkpoint(tmp_path)
     index.write_text('{"weight_map": {"x": "part-1.safetensors"}}')
-    with pytest.raises(CheckpointError, match="says 'x' is in part-1.safetensors, but it is not"):
+    with pytest.raises(CheckpointError, match=r"says 'x' is in part-1\.safetensors, but it is not"):
         open_checkpoint(tmp_path)
     index.write_text("{")
     with pytest.raises(CheckpointError, match="not an index of shards"):

@@ -1,0 +1,149 @@
+"""torchvision's networks: factorized, loaded on meta and strictly, equal to the merged dense network, ONNX equal."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_close
+
+import lrconvert
+from lrconvert.layers import LowRank
+
+# name to (input size, arguments)
+NETWORKS = {
+    "resnet18": (64, {}),
+    "resnet50": (64, {}),
+    "vgg16_bn": (64, {}),
+    "mobilenet_v3_small": (64, {}),
+    "mobilenet_v3_large": (64, {}),
+    "convnext_tiny": (64, {}),
+    "vit_b_16": (64, {"image_size": 64}),
+    "swin_t": (64, {}),
+    "swin_v2_t": (64, {}),
+}
+
+
+def dense_model(name):
+    import torchvision
+
+    model = torchvision.models.get_model(name, weights=None, **NETWORKS[name][1])
+    if name.startswith("vit"):
+        # torchvision initialises this head with zeros, and zero equals anything.
+        torch.nn.init.normal_(model.heads.head.weight, std=0.02)
+    return model
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request, tmp_path_factory):
+    """(name, factorized file, merged file) at rank ratio 1/4 in every layer that can be."""
+    name = request.param
+    folder = tmp_path_factory.mktemp(name)
+    torch.manual_seed(0)
+    torch.save(dense_model(name).state_dict(), folder / "dense.pt")
+    record = lrconvert.factorize(
+        folder / "dense.pt",
+        "rank_ratio=0.25",
+        output=folder / "small.safetensors",
+        model=f"torchvision/{name}",
+        model_args=NETWORKS[name][1],
+        keep_first=0,
+        keep_last=False,
+        exclude=["classifier.[03]"] if name == "vgg16_bn" else [],  # large, and like any other linear layer
+    )
+    lrconvert.export(folder / "small.safetensors", folder / "merged.safetensors", "dense")
+    return name, folder, record
+
+
+def run(model, inputs):
+    torch.manual_seed(1)  # for dropout and stochastic depth
+    with torch.no_grad():
+        return model(inputs)
+
+
+def test_equal_to_the_merged_network(network):
+    name, folder, record = network
+    small = lrconvert.load(folder / "small.safetensors")
+    merged = lrconvert.load(folder / "merged.safetensors")
+    assert sum(parameter.numel() for parameter in small.parameters()) == record.num_params_after
+    assert sum(isinstance(module, LowRank) for module in small.modules()) == sum(
+        row.rank is not None for row in record.layers
+    )
+    inputs = torch.randn(4, 3, NETWORKS[name][0], NETWORKS[name][0])
+    assert_close(run(small.eval(), inputs), run(merged.eval(), inputs), 1e-5)
+    # Batch statistics of random networks amplify float32 rounding (the dense network itself is up to 4e-5 away from
+    # its float64 self), so the identity in train mode is tested in float64, merged there too.
+    small = small.double().train()
+    merged = lrconvert.merge(copy.deepcopy(small))
+    assert_close(run(small, inputs.double()), run(merged, inputs.double()), 1e-10)
+
+
+def test_onnx_is_equal_to_the_network(network, tmp_path):
+    name, folder, _ = network
+    record = lrconvert.export(
+        folder / "small.safetensors",
+        tmp_path / "small.onnx",
+        "onnx",
+        input_shape=(3, NETWORKS[name][0], NETWORKS[name][0]),
+    )
+    assert record.batch_sizes == (1, 3)
+    assert record.difference is not None
+    assert record.difference < 1e-4
+    assert record.nbytes < (folder / "merged.safetensors").stat().st_size
+
+
+def test_macs_of_the_record_are_those_of_the_reshaped_network(network):
+    name, folder, record = network
+    from lrconvert.network import open_network
+
+    size = NETWORKS[name][0]
+    small = open_network(folder / "small.safetensors", input_shape=(3, size, size))
+    merged = open_network(folder / "merged.safetensors", input_shape=(3, size, size))
+    assert small.trace is not None
+    assert merged.trace is not None
+    positions = merged.trace.positions
+    saved = sum(
+        positions[row.name] * (row.num_params_before - row.num_params_after)
+        for row in record.layers
+        if row.rank is not None
+    )
+    assert small.trace.macs == merged.trace.macs - saved
+
+
+def test_resnet50_with_layer4_at_a_quarter_has_pufferfish_s_counts(tmp_path):
+    torch.save(dense_model("resnet50").state_dict(), tmp_path / "dense.pt")
+    record = lrconvert.factorize(
+        tmp_path / "dense.pt",
+        "rank_ratio=0.25",
+        include=["layer4*"],
+        model="torchvision/resnet50",
+        output=tmp_path / "small.safetensors",
+    )
+    assert (record.num_params_before, record.num_params_after) == (25_557_032, 15_202_344)
+    assert (record.macs_before, record.macs_after) == (4_089_184_256, 3_533_635_584)
+    small = lrconvert.load(tmp_path / "small.safetensors")
+    assert sum(parameter.numel() for parameter in small.parameters()) == 15_202_344
+    merged = lrconvert.merge(copy.deepcopy(small))
+    inputs = torch.randn(4, 3, 224, 224)
+    assert_close(run(small.eval(), inputs), run(merged.eval(), inputs), 1e-5)
+
+
+def test_what_must_stay_dense_says_why():
+    reasons = {}
+    for name in ("mobilenet_v3_small", "vit_b_16", "swin_t"):
+        plan = lrconvert.make_plan(dense_model(name), "rank_ratio=0.25", keep_first=0, keep_last=False)
+        reasons[name] = {layer.name: layer.reason for layer in plan.layers if layer.rank is None}
+    assert reasons["mobilenet_v3_small"]["features.1.block.0.0"].startswith("depthwise")
+    attention = "encoder.layers.encoder_layer_0.self_attention"
+    assert reasons["vit_b_16"][f"{attention}.in_proj_weight"].startswith("attention")
+    assert reasons["vit_b_16"][f"{attention}.out_proj"].startswith("MultiheadAttention reads")
+    assert reasons["swin_t"]["features.1.0.attn.qkv"].startswith("ShiftedWindowAttention reads")
+
+
+def test_execution_order_is_not_the_order_of_registration(tmp_path):
+    torch.save(dense_model("resnet18").state_dict(), tmp_path / "dense.pt")
+    analysis = lrconvert.analyze(tmp_path / "dense.pt", model="torchvision/resnet18", include=["layer2.0*"])
+    assert analysis.network.order == "execution"
+    names = [layer.name for layer in analysis.network.layers]
+    assert names[0] == "conv1"
+    assert names[-1] == "fc"
+    assert names.index("layer2.0.downsample.0") > names.index("layer2.0.conv2")
