@@ -88,10 +88,11 @@ def parse_rule(text: str) -> Rule:
         value = float(number) if number else kind.default
     except ValueError:
         raise UsageError(f"rule '{name}': '{number}' is not a number") from None
-    if value is None or not kind.low < value <= kind.high:
-        given = "none was given" if value is None else f"{value:g} was given"
+    if value is None:
+        raise UsageError(f"rule '{name}' needs a number ({kind.meaning}): write {name}=NUMBER")
+    if not kind.low < value <= kind.high:
         bounds = f"above {kind.low:g}" + (f", at most {kind.high:g}" if kind.high < 2**31 else "")
-        raise UsageError(f"rule '{name}' needs a number {bounds} ({kind.meaning}); {given}: write {name}=NUMBER")
+        raise UsageError(f"rule '{name}' needs a number {bounds} ({kind.meaning}), not {value:g}")
     if kind.whole and not value.is_integer():
         raise UsageError(f"rule '{name}' needs a whole number ({kind.meaning}), not {value:g}")
     return Rule(name, value)

@@ -10,7 +10,7 @@ from lrconvert.api.analyze import analyze, analyze_record
 from lrconvert.api.export import export
 from lrconvert.api.factorize import factorize, make_plan
 from lrconvert.api.load import load, save
-from lrconvert.checkpoints.atomic import refuse_existing
+from lrconvert.checkpoints.atomic import check_writable
 from lrconvert.cost import measure_latency, trace
 from lrconvert.errors import LrconvertError
 from lrconvert.models.zoo.digits_cnn import INPUT_SHAPE, DigitsCNN
@@ -44,10 +44,10 @@ def run_demo(
     folder = Path(folder)
     files = {name: folder / f"{name}.safetensors" for name in ("dense", "lowrank", "finetuned")}
     graph = folder / "finetuned.onnx"
-    for path in (*files.values(), graph):
-        refuse_existing(path, overwrite)
     train, test = _digits(seed)
     folder.mkdir(parents=True, exist_ok=True)
+    for path in (*files.values(), graph):
+        check_writable(path, overwrite)
     torch.manual_seed(seed)
 
     say(f"1. Train a dense network on {len(train[0])} digits; {len(test[0])} others are held out.")

@@ -8,7 +8,7 @@ from lrconvert.analysis import Progress
 from lrconvert.api.common import header_for, resolve_device
 from lrconvert.api.load import load
 from lrconvert.checkpoints import open_checkpoint, write_checkpoint
-from lrconvert.checkpoints.atomic import atomic_path, refuse_existing
+from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.errors import ModelError, UnknownNameError, UsageError, VerificationError
 from lrconvert.exporters import GRAPHS
 from lrconvert.factorization import merging
@@ -55,7 +55,7 @@ def export(
     if format not in FORMATS:
         raise UnknownNameError("export format", format, FORMATS)
     path = Path(output)
-    refuse_existing(path, overwrite)
+    check_writable(path, overwrite)
     if format in GRAPHS:
         return _export_graph(source, path, format, model, model_args, input_shape, tolerance, overwrite)
     return _export_tensors(source, path, format, overwrite, device, progress)

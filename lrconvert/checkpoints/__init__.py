@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lrconvert.checkpoints import folder
-from lrconvert.checkpoints.atomic import atomic_path, refuse_existing
+from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.checkpoints.checkpoint import Checkpoint
 from lrconvert.checkpoints.header import KEY, Header
 from lrconvert.checkpoints.safetensors_file import read_safetensors, write_safetensors
@@ -52,7 +52,7 @@ def check_output(path: Path, source: Checkpoint | None, overwrite: bool) -> None
         UsageError: the name does not say which format to write.
         OutputExistsError: it exists and `overwrite` is False, or is a folder that lrconvert did not write.
     """
-    refuse_existing(path, overwrite)
+    check_writable(path, overwrite)
     if path.suffix in FILE_SUFFIXES:
         if path.is_dir():
             raise OutputExistsError(f"{path} is a folder; choose another output")

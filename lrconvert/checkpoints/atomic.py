@@ -11,10 +11,17 @@ from pathlib import Path
 from lrconvert.errors import CheckpointError, OutputExistsError
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise OutputExistsError when `path` exists and may not be overwritten; call it before long work."""
+def check_writable(path: Path, overwrite: bool) -> None:
+    """Refuse an output that could not be written; call it before long work.
+
+    Raises:
+        OutputExistsError: `path` exists and `overwrite` is False.
+        CheckpointError: the folder it should go into is missing.
+    """
     if path.exists() and not overwrite:
         raise OutputExistsError(f"{path} exists; choose another output or add --overwrite")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent}: no such folder; create it first")
 
 
 @contextmanager
@@ -25,9 +32,7 @@ def atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
         OutputExistsError: `path` exists and `overwrite` is False.
         CheckpointError: the disk is full, the folder is missing, or writing failed otherwise.
     """
-    refuse_existing(path, overwrite)
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path.parent}: no such folder; create it first")
+    check_writable(path, overwrite)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:

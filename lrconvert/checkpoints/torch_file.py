@@ -35,6 +35,8 @@ def read_torch(path: Path) -> Checkpoint:
         CheckpointError: it is damaged, holds no state dict, or is of a kind that lrconvert does not read.
     """
     in_zip = zipfile.is_zipfile(path)
+    if not in_zip and _starts_like_a_zip(path):
+        raise CheckpointError(f"{path}: the end of the file is missing; download or copy it again")
     if in_zip:
         _refuse_other_archives(path)
     lazy = in_zip
@@ -57,7 +59,7 @@ def read_torch(path: Path) -> Checkpoint:
     if not in_zip:
         notes = (*notes, "written by torch before 1.6: read whole, not a tensor at a time")
     weights, size = sum(ref.nbytes for ref in tensors.values() if not ref.alias_of), path.stat().st_size
-    if weights < 0.9 * size:
+    if size - weights > max(0.1 * size, 1e6):
         notes = (*notes, f"{weights:,} of the file's {size:,} bytes are its weights")
     return Checkpoint(path, "torch", tensors, header, notes, {path: tuple(tensors)})
 
@@ -72,9 +74,12 @@ def _load(path: Path, mode: contextlib.AbstractContextManager[Any]) -> Any:
     except pickle.UnpicklingError as error:
         raise _explain(path, error) from None
     except Exception as error:
-        # Anything may come out of a damaged pickle: an index out of range, a missing attribute, no memory.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: not a whole torch file ({reason}); copy it again") from None
+        # Anything may come out of a damaged pickle: an index out of range, a missing attribute, no memory. Only
+        # torch's own errors say more than that.
+        reason = f" ({str(error).splitlines()[0]})" if isinstance(error, RuntimeError) and str(error) else ""
+        raise CheckpointError(
+            f"{path}: not a torch file, or a damaged one{reason}; download or copy it again"
+        ) from None
 
 
 def _lazy(path: Path, state: dict[str, Tensor]) -> dict[str, TensorRef]:
@@ -125,13 +130,18 @@ def write_torch(path: Path, tensors: Iterable[tuple[str, Tensor]], order: Iterab
         raise
 
 
+def _starts_like_a_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def _refuse_other_archives(path: Path) -> None:
     """Raise for a zip file that torch.save did not write, naming what it is."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path}: not a whole torch file ({error}); copy it again") from None
+        raise CheckpointError(f"{path}: not a whole torch file ({error}); download or copy it again") from None
     if any(name.endswith("constants.pkl") for name in names):
         raise CheckpointError(f"{path}: a TorchScript archive; {_SAVE_AGAIN}")
     if any("archive_format" in name for name in names):
@@ -146,7 +156,7 @@ def _explain(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
     name = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", text)
     if name is None:
         reason = text.splitlines()[0] if text else "unreadable pickle"
-        return CheckpointError(f"{path}: not a torch file, or a damaged one ({reason})")
+        return CheckpointError(f"{path}: not a torch file, or a damaged one ({reason}); download or copy it again")
     return UnsafeCheckpointError(
         f"{path}: holds a pickled '{name.group(1)}', and reading that would run code; {_SAVE_AGAIN}"
     )

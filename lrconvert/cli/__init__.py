@@ -27,6 +27,9 @@ app.command()(demo.demo)
 # typer keeps its exception classes private, but for this one, whose base every wrong argument raises.
 _WrongArguments: type[Exception] = typer.BadParameter.__mro__[1]
 
+# typer returns it for Ctrl-C, as a shell would.
+_INTERRUPTED = 130
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -54,11 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f" (see {context.command_path} --help)" if context is not None else ""
         return _fail(f"{error.format_message()}{hint}", 2)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; nothing was written", 130)
+        result = _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is wrong, and nobody is left to tell.
         sys.stderr.close()
         return 0
+    if result == _INTERRUPTED:
+        return _fail("interrupted; nothing was written", _INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

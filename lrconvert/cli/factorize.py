@@ -93,7 +93,7 @@ def factorize(
 
     import lrconvert
     from lrconvert.checkpoints import check_output
-    from lrconvert.checkpoints.atomic import refuse_existing
+    from lrconvert.checkpoints.atomic import check_writable
     from lrconvert.cli.output import Sink
     from lrconvert.network import open_network
     from lrconvert.plan import load_plan
@@ -103,7 +103,7 @@ def factorize(
     if output is not None and not dry_run:
         check_output(output, network.checkpoint, overwrite)
     if save_plan is not None:
-        refuse_existing(save_plan, overwrite)
+        check_writable(save_plan, overwrite)
     with sink.progress() as progress:
         ready = (
             load_plan(plan)

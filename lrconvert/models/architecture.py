@@ -41,5 +41,5 @@ class Architecture:
             given = ", ".join(f"{key}={value!r}" for key, value in self.args.items())
             raise ModelError(f"{self.name}({given}) cannot be built: {type(error).__name__}: {error}") from error
         if not isinstance(model, nn.Module):
-            raise ModelError(f"{self.name} returned a {type(model).__name__}, not an nn.Module")
+            raise ModelError(f"{self.name} returned an object of type {type(model).__name__}, not an nn.Module")
         return model

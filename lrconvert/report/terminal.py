@@ -128,7 +128,8 @@ def _analyze(record: records.AnalyzeRecord, console: Console, wide: bool, verbos
     _reasons(console, "Kept dense", Counter(row.dense_reason for row in record.layers if row.dense_reason))
     size = f", {count(record.nbytes, 'B')} on disk" if record.nbytes else ""
     macs = f", {count(record.macs)} MACs ({record.mac_convention})" if record.macs is not None else ""
-    console.print(f"\n{len(record.layers)} weights, {record.num_params:,} parameters{macs}{size}", markup=False)
+    weights = f"{len(record.layers)} weight" + ("" if len(record.layers) == 1 else "s")
+    console.print(f"\n{weights}, {record.num_params:,} parameters{macs}{size}", markup=False)
 
 
 def _decision_rows(rows: Sequence[records.LayerDecision], wide: bool) -> Table:
