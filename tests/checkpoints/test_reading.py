@@ -67,6 +67,16 @@ def test_a_safetensors_file_with_another_name_is_recognised(tmp_path):
     assert open_checkpoint(tmp_path / "weights.bin").format == "safetensors"
 
 
+def test_folders_of_links_as_in_the_hugging_face_cache(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    write_shards(blobs, ".safetensors")
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    same(open_checkpoint(snapshot), STATE)
+
+
 def test_views_slices_and_strides_in_a_torch_file(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     state = {"rows": base[1:3], "columns": base[:, 1:4], "transposed": base.T, "every": base[::2, ::3], "base": base}
