@@ -5,6 +5,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,7 +34,8 @@ def map_layers(
     for item in alone:
         yield item, job(item)
     waiting = iter(ordered[len(alone) :])
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    one_thread_each = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with threadpool_limits(limits=1, user_api="blas"), one_thread_each as pool:
         running: dict[Future[Result], Item] = {}
         try:
             while True:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close, with_spectrum
@@ -155,14 +156,18 @@ def test_non_finite_weights_are_refused_by_name(bad):
 
 
 def test_eigenvalue_failure_falls_back_to_an_svd(monkeypatch):
-    matrix = torch.randn(1, 30, 50)
+    matrix, large = torch.randn(1, 30, 50), torch.randn(1, 200, 300)
 
     def fail(*_, **__):
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
+    def fail_too(*_, **__):
+        raise np.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(np.linalg, "eigvalsh", fail_too)
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     assert_close(spectrum_of(matrix, "layer").values[0], torch.linalg.svdvals(matrix[0].double()), 1e-6)
+    assert_close(spectrum_of(large, "layer").values[0], torch.linalg.svdvals(large[0].double()), 1e-6)
     u, v = factors_of(matrix, 30, "layer")
     assert_close((v @ u)[0], matrix[0])
     monkeypatch.setattr(torch.linalg, "svd", fail)
