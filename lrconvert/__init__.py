@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from lrconvert.api.factorize import factorize, make_plan, merge
     from lrconvert.api.info import info
     from lrconvert.api.load import load, save
+    from lrconvert.checkpoints.plan_file import save_plan
     from lrconvert.errors import LrconvertError
-    from lrconvert.plan import LayerPlan, Plan, load_plan, save_plan
+    from lrconvert.plan import LayerPlan, Plan, load_plan
 
 __all__ = [
     "LayerPlan",
@@ -50,7 +51,7 @@ _HOME = {
     "make_plan": "api.factorize",
     "merge": "api.factorize",
     "save": "api.load",
-    "save_plan": "plan",
+    "save_plan": "checkpoints.plan_file",
 }
 
 

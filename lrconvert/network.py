@@ -1,5 +1,6 @@
 """The network a job works on: its tensors, its layers in order, and what a forward pass showed of it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,32 +138,60 @@ def _check_match(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: 
                 hint = f"; if its number of classes differs, add --model-arg num_classes={found[key][0]}"
             raise ModelError(f"{key}: {found[key]} in the checkpoint, {shape} in {name}{hint}")
     # Checkpoints from before torch 0.4.1 have no counters, and torch loads them all the same.
-    missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
+    missing = {key for key in wanted if key not in found and not key.endswith("num_batches_tracked")}
+    # A weight that the model ties is stored once.
+    missing -= {key for names in tied_names(module) for key in names if any(name in found for name in names)}
     unexpected = [key for key in found if key not in wanted]
     if missing or unexpected:
         parts = [
             f"{len(keys)} key(s) {where} ({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})"
-            for keys, where in ((missing, "missing from the checkpoint"), (unexpected, "unknown to the model"))
+            for keys, where in ((sorted(missing), "missing from the checkpoint"), (unexpected, "unknown to the model"))
             if keys
         ]
         raise ModelError(f"the checkpoint does not match {name}: {'; '.join(parts)}; is this the right --model?")
 
 
+def tied_names(module: nn.Module) -> list[list[str]]:
+    """The names of every parameter that is reached under more than one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
 def _from_file_alone(network: Network) -> Network:
     shapes = {key: ref.shape for key, ref in network.tensors.items() if ref.dtype.is_floating_point}
     layers = tuple(_tied(layer, network.tensors) for layer in layers_of_tensors(shapes))
-    return replace(network, layers=layers, num_params=count_parameters(network.tensors))
+    notes = network.notes
+    if len(layers) > 2 and list(shapes) == sorted(shapes):
+        # As the safetensors library writes them. First and last would then be first and last in the alphabet.
+        layers = tuple(sorted(layers, key=_likely_place))
+        notes = (*notes, "keys are sorted by name: stem and head are recognised by shape and name; --model settles it")
+    return replace(network, layers=layers, num_params=count_parameters(network.tensors), notes=notes)
+
+
+_HEAD = re.compile(r"(?:\w+\.)?(?:fc|heads?|classifier|lm_head|logits|last_linear)(?:\.|$)")
+
+
+def _likely_place(layer: Layer) -> tuple[int, list[tuple[int, str]]]:
+    """Where a layer probably stands: image or sound enters by few channels, a head is called so, and 2 precedes 10."""
+    is_stem = layer.kind.startswith("conv") and len(layer.shape) > 2 and layer.shape[1] <= 4 and not layer.dense_reason
+    place = 0 if is_stem else 2 if _HEAD.match(layer.name) else 1
+    return place, [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", layer.name)]
 
 
 def _tied(layer: Layer, tensors: Mapping[str, TensorRef]) -> Layer:
     """`layer`, kept dense when the file stores its weight only once for several keys."""
-    others = [key for key, ref in tensors.items() if ref.alias_of == layer.weight]
-    first = tensors[layer.weight].alias_of or next(iter(others), None)
-    return replace(layer, dense_reason=f"shared with {first}", guess=False) if first else layer
+    ref = tensors.get(layer.weight)
+    others = [key for key, other in tensors.items() if other.alias_of == layer.weight]
+    first = (ref.alias_of if ref else None) or next(iter(others), None)
+    return (
+        replace(layer, dense_reason=f"shared with {first}", guess=False) if first and not layer.dense_reason else layer
+    )
 
 
 def _with_module(network: Network, module: nn.Module, input_shape: tuple[int, ...] | None) -> Network:
-    layers = layers_of_module(module)
+    layers = tuple(_tied(layer, network.tensors) for layer in layers_of_module(module))
     network = replace(
         network,
         layers=layers,
@@ -192,17 +221,3 @@ def _in_execution_order(layers: tuple[Layer, ...], found: Trace) -> tuple[Layer,
             layer = replace(layer, dense_reason="never called in a forward pass")
         keyed.append((last, layer))
     return tuple(layer for _, layer in sorted(keyed, key=lambda pair: pair[0]))
-
-
-def require_module(network: Network) -> nn.Module:
-    """The network's module on the meta device.
-
-    Raises:
-        ModelError: nothing says which architecture the file belongs to.
-    """
-    if network.module is None:
-        raise ModelError(
-            f"{network.name} does not say which architecture it belongs to; "
-            "give --model torchvision/NAME or --model file.py:factory"
-        )
-    return network.module

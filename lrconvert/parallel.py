@@ -51,3 +51,5 @@ def map_layers(
         finally:
             for future in running:
                 future.cancel()
+            # New threads start with what any thread set last: undo it for them.
+            torch.set_num_threads(workers)

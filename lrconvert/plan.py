@@ -4,12 +4,13 @@ Nothing in this file touches a tensor. A plan is printed, edited, saved, run aga
 lrconvert writes, so that a factorized model can be rebuilt from its file alone.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrconvert.errors import PlanError, UsageError
 from lrconvert.layers import FAMILIES, WEIGHT_LAYERS, Layer
@@ -40,9 +41,9 @@ class LayerPlan(BaseModel):
     name: str
     weight: str
     kind: str
-    shape: tuple[int, ...]
-    groups: int = 1
-    rank: int | None = None
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    groups: int = Field(1, ge=1)
+    rank: int | None = Field(None, ge=1)
     reason: str = ""
     error: float | None = None
     evidence: Literal["module", "shape"] = "module"
@@ -210,7 +211,8 @@ def _ends(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
     ends = dict.fromkeys((layer.name for layer in counted[:keep_first]), first)
     if options.keep_last and counted and counted[-1].kind == "linear":
         ends.setdefault(counted[-1].name, "last classifier")
-    return {name: reason for name, reason in ends.items() if name not in options.include}
+    named = {*options.include, *(pattern for pattern, _ in options.layer_ranks)}
+    return {name: reason for name, reason in ends.items() if name not in named}
 
 
 def _rank_or_reason(evidence: Evidence, options: PlanOptions) -> tuple[int | None, str]:
@@ -237,31 +239,38 @@ def _rounded(rank: int, multiple: int, break_even: int) -> int:
     return down if rank <= break_even < up and down else up
 
 
-def save_plan(plan: Plan, path: Path) -> None:
-    """Write `plan` as indented JSON, to be read and edited by people."""
-    path.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def load_plan(path: Path) -> Plan:
+def load_plan(path: str | Path) -> Plan:
     """Read a plan that `save_plan` wrote and perhaps somebody edited.
+
+    Predicted errors are left out, since an edited rank has another one; `lrconvert.factorize` predicts them anew.
 
     Raises:
         PlanError: the file is missing, or is not a plan; the message names the field.
     """
     try:
-        plan = Plan.model_validate_json(path.read_text(encoding="utf-8"))
+        plan = Plan.model_validate_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise PlanError(f"{path}: not a plan: it is no text") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise PlanError(f"{path}: not a plan: {where + ': ' if where else ''}{first['msg']}") from None
-    return plan
+    return plan.model_copy(update={"layers": tuple(layer.model_copy(update={"error": None}) for layer in plan.layers)})
 
 
 def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise PlanError unless every layer to factorize is in `shapes` (state-dict key to shape) with its shape."""
+    for what in ("name", "weight"):
+        twice = [text for text, number in Counter(getattr(layer, what) for layer in plan.layers).items() if number > 1]
+        if twice:
+            raise PlanError(f"the plan has two entries with the {what} '{twice[0]}'")
     for layer in plan.low_rank:
+        if layer.weight != (f"{layer.name}.weight" if layer.name else "weight"):
+            raise PlanError(
+                f"the plan's entry '{layer.name}' names the weight '{layer.weight}', which is another layer's"
+            )
         found = shapes.get(layer.weight)
         if found is None:
             raise PlanError(f"the plan factorizes {layer.name}, but the checkpoint has no '{layer.weight}'")
@@ -269,7 +278,12 @@ def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise PlanError(f"{layer.weight}: the plan says {layer.shape}, the checkpoint {tuple(found)}")
         if layer.kind not in FAMILIES:
             raise PlanError(f"{layer.name}: kind '{layer.kind}' cannot be factorized; known: {', '.join(FAMILIES)}")
-        if layer.groups < 1 or layer.shape[0] % layer.groups:
+        dims = 2 if layer.kind == "linear" else 2 + int(layer.kind.removeprefix("conv")[0])
+        if len(layer.shape) != dims or (layer.kind == "linear" and layer.groups > 1):
+            raise PlanError(
+                f"{layer.name}: a weight of shape {layer.shape} in {layer.groups} group(s) is no {layer.kind}"
+            )
+        if layer.shape[0] % layer.groups:
             raise PlanError(f"{layer.name}: {layer.shape[0]} outputs do not divide into {layer.groups} groups")
-        if layer.rank is None or not 1 <= layer.rank <= layer.layer.full_rank:
+        if layer.rank is None or layer.rank > layer.layer.full_rank:
             raise PlanError(f"{layer.name}: rank {layer.rank} is not from 1 to full rank {layer.layer.full_rank}")

@@ -22,22 +22,30 @@ class Rewrite:
         outputs: key to (shape, dtype) of every tensor it makes, in order.
         size: elements of the largest tensor it handles.
         make: reads, computes and returns the tensors.
+        alias_of: the key of a tensor that the (only) output shares its memory with, if any.
     """
 
     source: str
     outputs: Layout
     size: int
     make: Callable[[], dict[str, Tensor]]
+    alias_of: str | None = None
 
 
 def moving(source: str, ref: TensorRef, key: str) -> Rewrite:
     """The step that writes a tensor as it is, perhaps under another key."""
-    return Rewrite(source, {key: (ref.shape, ref.dtype)}, ref.numel, lambda: {key: ref.read()})
+    return Rewrite(source, {key: (ref.shape, ref.dtype)}, ref.numel, lambda: {key: ref.read()}, ref.alias_of)
 
 
 def layout_of(steps: Sequence[Rewrite]) -> Layout:
     """(shape, dtype) of everything that the steps make, by key, in order."""
     return {key: what for step in steps for key, what in step.outputs.items()}
+
+
+def aliases_of(steps: Sequence[Rewrite]) -> dict[str, str]:
+    """Key to the key of the tensor whose memory it shares, for outputs that need not be stored twice."""
+    made = layout_of(steps)
+    return {next(iter(step.outputs)): step.alias_of for step in steps if step.alias_of in made and step.alias_of}
 
 
 def run(

@@ -16,17 +16,9 @@ from lrconvert.plan import LayerPlan, Plan
 from lrconvert.tensors import refs_of
 
 
-def reshape(model: nn.Module, plan: Plan) -> nn.Module:
-    """Put uninitialised factors in the place of every layer that the plan factorizes.
-
-    The layers are replaced inside `model`, which is returned; a model that is itself one layer cannot be changed
-    from within, so its replacement is returned instead. Nothing is changed when an error is raised.
-
-    Raises:
-        PlanError: a layer is missing, is of another kind or shape, or must stay dense in this model.
-    """
+def check_fits(model: nn.Module, plan: Plan) -> None:
+    """Raise PlanError when a layer of the plan is missing in `model`, is another one, or must stay dense there."""
     known = {layer.name: layer for layer in layers_of_module(model)}
-    replacements: list[tuple[LayerPlan, nn.Module]] = []
     for decision in plan.low_rank:
         layer = known.get(decision.name)
         if layer is None:
@@ -41,8 +33,20 @@ def reshape(model: nn.Module, plan: Plan) -> nn.Module:
                 f"{decision.name}: the plan says {decision.kind} {decision.shape} in {decision.groups} group(s), "
                 f"the model has {layer.kind} {layer.shape} in {layer.groups}; factorize again with --model"
             )
-        replacements.append((decision, model.get_submodule(decision.name)))
-    for decision, dense in replacements:
+
+
+def reshape(model: nn.Module, plan: Plan) -> nn.Module:
+    """Put uninitialised factors in the place of every layer that the plan factorizes.
+
+    The layers are replaced inside `model`, which is returned; a model that is itself one layer cannot be changed
+    from within, so its replacement is returned instead. Nothing is changed when an error is raised.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    check_fits(model, plan)
+    for decision in plan.low_rank:
+        dense = model.get_submodule(decision.name)
         assert decision.rank is not None
         low_rank = FAMILIES[decision.kind].low_rank.like(dense, decision.rank)
         low_rank.train(dense.training)

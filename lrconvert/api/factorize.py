@@ -6,17 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from torch import nn
 
 from lrconvert.analysis import Analysis, Progress, analyze_layers
 from lrconvert.api.common import header_for, layer_decisions, plan_options, resolve_device
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
+from lrconvert.checkpoints.folder import left_behind
 from lrconvert.errors import NothingToCompressError, PlanError, UsageError
 from lrconvert.factorization import factorizing
 from lrconvert.network import Network, Source, open_network
-from lrconvert.plan import Plan, decide, reasons_to_stay_dense
+from lrconvert.plan import Plan, check_plan, decide, reasons_to_stay_dense
 from lrconvert.report.record import FactorizeRecord
-from lrconvert.surgery import factorize_module, merge_module
+from lrconvert.surgery import check_fits, factorize_module, merge_module, plan_of
+from lrconvert.tensors import shapes_of
 
 
 def make_plan(
@@ -136,6 +139,11 @@ def factorize(
         plan = make_plan(network, plan, device=device, progress=progress, **settings)
     elif settings:
         raise UsageError(f"{', '.join(settings)}: a finished plan takes no more settings")
+    else:
+        check_plan(plan, shapes_of(network.tensors))
+        if network.module is not None:
+            check_fits(network.module, plan)
+        plan = _with_errors(plan, network, where, progress)
     if not plan.low_rank:
         raise NothingToCompressError(_why_nothing(plan, network))
     if isinstance(source, nn.Module):
@@ -166,11 +174,30 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _refuse_factorized(network: Network) -> None:
     header = network.checkpoint.header if network.checkpoint else None
-    if header is not None and header.plan is not None and header.plan.low_rank:
+    in_file = header is not None and header.plan is not None and bool(header.plan.low_rank)
+    if in_file or (network.module is not None and plan_of(network.module).low_rank):
         raise PlanError(
-            f"{network.name} is factorized already; factorize the dense file it came from, "
-            "or multiply it out first: lrconvert export --format dense"
+            f"{network.name} is factorized already; start from the dense network, or multiply it out first: "
+            "lrconvert export --format dense for a file, lrconvert.merge for a model"
         )
+
+
+def _with_errors(plan: Plan, network: Network, device: torch.device, progress: Progress | None) -> Plan:
+    """`plan` with the predicted errors that it lacks, as one that was read from a file does."""
+    lacking = [layer.layer for layer in plan.low_rank if layer.error is None]
+    if not lacking:
+        return plan
+    spectra = analyze_layers(network, lacking, None, device, progress).spectra
+    return plan.model_copy(
+        update={
+            "layers": tuple(
+                layer.model_copy(update={"error": spectra[layer.name].error(layer.rank)})
+                if layer.rank is not None and layer.name in spectra
+                else layer
+                for layer in plan.layers
+            )
+        }
+    )
 
 
 def _why_nothing(plan: Plan, network: Network) -> str:
@@ -180,6 +207,11 @@ def _why_nothing(plan: Plan, network: Network) -> str:
     most = sorted(reasons.items(), key=lambda item: -item[1])[:3]
     shown = "; ".join(f"{count}× {reason}" for reason, count in most) or "no weight of two or more dimensions"
     return f"{network.name}: no layer to factorize ({shown}); try another rule, --keep-first 0, or --include LAYER"
+
+
+def _left_behind(network: Network) -> tuple[str, ...]:
+    names = left_behind(network.checkpoint) if network.checkpoint else ()
+    return (f"other copies of the dense weights, not carried over: {', '.join(names)}",) if names else ()
 
 
 def _record(network: Network, plan: Plan, output: Path | None, seconds: float) -> FactorizeRecord:
@@ -199,6 +231,6 @@ def _record(network: Network, plan: Plan, output: Path | None, seconds: float) -
         nbytes_before=network.checkpoint.nbytes if network.checkpoint else None,
         nbytes_after=open_checkpoint(output).nbytes if output else None,
         seconds=seconds if output else None,
-        notes=network.notes,
+        notes=(*network.notes, *_left_behind(network)),
         layers=rows,
     )

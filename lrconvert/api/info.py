@@ -4,8 +4,8 @@ from pathlib import Path
 
 from lrconvert.api.common import layer_decisions
 from lrconvert.checkpoints import open_checkpoint
-from lrconvert.network import open_network
 from lrconvert.report.record import InfoRecord
+from lrconvert.tensors import count_parameters
 
 
 def info(source: str | Path) -> InfoRecord:
@@ -15,8 +15,10 @@ def info(source: str | Path) -> InfoRecord:
         CheckpointError: the file cannot be read.
     """
     checkpoint = open_checkpoint(source)
-    network = open_network(checkpoint)
     header, plan = checkpoint.header, checkpoint.header.plan if checkpoint.header else None
+    # A file alone cannot tell parameters from buffers; the header knows how many there were.
+    known = header.parameters if header else None
+    num_params = count_parameters(checkpoint.tensors) if known is None else known - (plan.saved_params if plan else 0)
     dense: dict[str, int] = {}
     for layer in plan.layers if plan else ():
         if layer.rank is None:
@@ -28,7 +30,7 @@ def info(source: str | Path) -> InfoRecord:
         notes=checkpoint.notes,
         nbytes=checkpoint.nbytes,
         num_tensors=len(checkpoint.tensors),
-        num_params=network.num_params,
+        num_params=num_params,
         dtypes=tuple(sorted({str(ref.dtype).removeprefix("torch.") for ref in checkpoint.tensors.values()})),
         written_by=header.written_by if header else None,
         model=header.model if header else None,

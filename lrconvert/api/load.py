@@ -11,7 +11,7 @@ from lrconvert.api.common import WRITTEN_BY
 from lrconvert.checkpoints import Checkpoint, Header, open_checkpoint, write_checkpoint
 from lrconvert.errors import ModelError, UsageError
 from lrconvert.models import Architecture
-from lrconvert.network import architecture_of, fit
+from lrconvert.network import architecture_of, fit, tied_names
 from lrconvert.rewrite import moving
 from lrconvert.surgery import plan_of
 from lrconvert.tensors import refs_of
@@ -55,17 +55,30 @@ def load(
     return _build(architecture, checkpoint).eval().to(device)
 
 
-def save(model: nn.Module, path: str | Path, *, architecture: str | None = None, overwrite: bool = False) -> None:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    architecture: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write a live model, factorized or not, so that `load` rebuilds it.
 
     Args:
         model: the model.
         path: a .safetensors or .pt file.
         architecture: name of the dense architecture ("torchvision/resnet50"), to load the file without a model.
+        model_args: its keyword arguments.
         overwrite: replace an existing file.
     """
     plan = plan_of(model)
-    header = Header(written_by=WRITTEN_BY, model=architecture, plan=plan if plan.low_rank else None)
+    header = Header(
+        written_by=WRITTEN_BY,
+        model=architecture,
+        model_args=dict(model_args or {}),
+        plan=plan if plan.low_rank else None,
+    )
     steps = [moving(key, ref, key) for key, ref in refs_of(model.state_dict()).items()]
     write_checkpoint(Path(path), steps, header, overwrite=overwrite)
 
@@ -82,6 +95,18 @@ def _build(architecture: Architecture, checkpoint: Checkpoint) -> nn.Module:
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     state = {key: ref.read() for key, ref in checkpoint.tensors.items()}
     on_meta = any(parameter.is_meta for parameter in model.parameters())
+    tied = tied_names(model)
+    for names in tied:
+        stored = next((state[name] for name in names if name in state), None)
+        if stored is not None:
+            state |= dict.fromkeys(names, stored)
     with torch.no_grad():
         model.load_state_dict(state, strict=True, assign=on_meta)
+    if on_meta:
+        # Assigning gave every name a parameter of its own: tie them again.
+        for names in tied:
+            parameter = model.get_parameter(names[0])
+            for name in names[1:]:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, parameter)
     return model

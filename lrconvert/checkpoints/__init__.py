@@ -13,7 +13,7 @@ from lrconvert.checkpoints.header import KEY, Header
 from lrconvert.checkpoints.safetensors_file import read_safetensors, write_safetensors
 from lrconvert.checkpoints.torch_file import read_torch, write_torch
 from lrconvert.errors import CheckpointError, OutputExistsError, UsageError
-from lrconvert.rewrite import CPU, Rewrite, layout_of, run
+from lrconvert.rewrite import CPU, Rewrite, aliases_of, layout_of, run
 
 __all__ = ["KEY", "Checkpoint", "Header", "check_output", "open_checkpoint", "write_checkpoint"]
 
@@ -28,6 +28,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: it is missing, damaged, or of a kind that lrconvert does not read.
     """
     path = Path(path)
+    try:
+        return _open(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         return folder.read_folder(path)
     if not path.is_file():
@@ -59,9 +66,15 @@ def check_output(path: Path, source: Checkpoint | None, overwrite: bool) -> None
         return
     if source is None or source.format != "folder":
         raise UsageError(f"{path}: end the output in {' or '.join(FILE_SUFFIXES[:2])} to choose its format")
+    if path.resolve().is_relative_to(_folder_of(source).resolve()):
+        raise UsageError(f"{path} lies inside {source.path}, which is copied into it; choose another output")
     if path.exists() and not _may_replace(path):
         # Replacing deletes: nothing but our own work is ever deleted.
         raise OutputExistsError(f"{path} is not a folder that lrconvert wrote; choose another output")
+
+
+def _folder_of(source: Checkpoint) -> Path:
+    return source.path if source.path.is_dir() else source.path.parent
 
 
 def _may_replace(path: Path) -> bool:
@@ -101,11 +114,16 @@ def write_checkpoint(
         progress: called after each step.
     """
     check_output(path, source, overwrite)
+    shared = aliases_of(steps)
+    order = list(layout_of(steps))
+    if header is not None and shared:
+        header = header.model_copy(update={"shared": shared})
+        steps = [step for step in steps if not shared.keys() & step.outputs.keys()]
     with atomic_path(path, overwrite) as temporary:
         if path.suffix == ".safetensors":
             write_safetensors(temporary, layout_of(steps), run(steps, device, progress), header)
         elif path.suffix in TORCH_SUFFIXES:
-            write_torch(temporary, run(steps, device, progress), layout_of(steps), header)
+            write_torch(temporary, run(steps, device, progress), order, header)
         else:
             assert source is not None
             _write_folder(temporary, steps, header, source, device, progress)
@@ -119,7 +137,7 @@ def _write_folder(
     device: torch.device,
     progress: Callable[[], None] | None,
 ) -> None:
-    folder.copy_companions(source.path if source.path.is_dir() else source.path.parent, path)
+    folder.copy_companions(_folder_of(source), path)
     file_of = {key: file for file, keys in source.files.items() for key in keys}
     groups = [[step for step in steps if file_of[step.source] == file] for file in source.files]
     groups = [group for group in groups if group]

@@ -40,16 +40,30 @@ def atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
     try:
         new = temporary / path.name
         yield new
-        _sync(new)
-        if path.is_dir():
-            # A folder cannot be replaced by one rename: the old one steps aside first.
-            path.rename(temporary / "old")
-        new.replace(path)
+        _sync(temporary)
+        # Files that were written beside it (weights of a large ONNX graph) go first: they are nothing without it.
+        for companion in temporary.iterdir():
+            if companion != new:
+                companion.replace(path.parent / companion.name)
+        _replace(new, path, aside=temporary / "old")
         _sync(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path}: {_why(error)}; nothing was written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(new: Path, path: Path, aside: Path) -> None:
+    if not path.is_dir():
+        new.replace(path)
+        return
+    # A folder cannot be replaced by one rename: the old one steps aside, and comes back should the second one fail.
+    path.rename(aside)
+    try:
+        new.replace(path)
+    except OSError:
+        aside.rename(path)
+        raise
 
 
 def _why(error: OSError) -> str:

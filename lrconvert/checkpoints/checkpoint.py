@@ -1,10 +1,21 @@
 """What every reader returns and every writer takes."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lrconvert.checkpoints.header import Header
 from lrconvert.tensors import TensorRef
+
+
+def with_shared(tensors: dict[str, TensorRef], shared: Mapping[str, str]) -> dict[str, TensorRef]:
+    """`tensors`, and under their other keys those that are stored once for several."""
+    again = {
+        key: replace(tensors[original], alias_of=original)
+        for key, original in shared.items()
+        if original in tensors and key not in tensors
+    }
+    return tensors | again
 
 
 @dataclass(frozen=True)
@@ -18,7 +29,6 @@ class Checkpoint:
         header: what lrconvert wrote into it, if lrconvert wrote it.
         notes: what was done to get at the state dict, for the report.
         files: the files that hold the tensors, each with its keys.
-        nbytes: size of those files on disk.
     """
 
     path: Path

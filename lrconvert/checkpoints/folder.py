@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from lrconvert.checkpoints.checkpoint import Checkpoint
+from lrconvert.checkpoints.checkpoint import Checkpoint, with_shared
 from lrconvert.checkpoints.header import Header
 from lrconvert.checkpoints.safetensors_file import read_safetensors
 from lrconvert.checkpoints.torch_file import read_torch
@@ -21,6 +21,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 # Copies of the dense weights in other formats: a factorized folder must not carry them along.
+_GRAPH_FOLDERS = ("onnx", "openvino", "coreml")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot")
 INDEX = ".index.json"
 
@@ -49,9 +50,11 @@ def read_index(path: Path) -> Checkpoint:
         CheckpointError: the index cannot be read, or names a shard or tensor that is not there.
     """
     try:
-        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not an index of shards ({error})") from None
+    if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+        raise CheckpointError(f"{path}: not an index of shards (its weight_map should name a file for every tensor)")
     shards: dict[str, Checkpoint] = {}
     for name in sorted(set(weight_map.values())):
         shard = path.parent / name
@@ -64,8 +67,11 @@ def read_index(path: Path) -> Checkpoint:
         if key not in shards[name].tensors:
             raise CheckpointError(f"{path}: says '{key}' is in {name}, but it is not; download both again")
         tensors[key] = shards[name].tensors[key]
-    files = {path.parent / name: tuple(key for key, where in weight_map.items() if where == name) for name in shards}
     first = next(iter(shards.values()))
+    shared = first.header.shared if first.header else {}
+    tensors = with_shared(tensors, shared)
+    weight_map |= {key: weight_map[original] for key, original in shared.items() if original in weight_map}
+    files = {path.parent / name: tuple(key for key, where in weight_map.items() if where == name) for name in shards}
     return Checkpoint(path, "folder", tensors, first.header, first.notes, files)
 
 
@@ -74,8 +80,35 @@ def _read_file(path: Path) -> Checkpoint:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy everything of the folder `source` that is not a weight or an index of weights into `target`."""
-    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_WEIGHTS, f"*{INDEX}", ".git"))
+    """Copy everything of the folder `source` into `target`, but for what `left_behind` names."""
+    skipped = {path.name for path in _dense_copies(source)} | {".git"}
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        return skipped & set(names) if Path(folder) == source else set()
+
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignore)
+
+
+def left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of the dense network's copies in a folder that are not read, and not carried over either."""
+    if checkpoint.format != "folder" or not checkpoint.path.is_dir():
+        return ()
+    read = {path.name for path in checkpoint.files}
+    return tuple(
+        sorted(
+            path.name
+            for path in _dense_copies(checkpoint.path)
+            if path.name not in read and not path.name.endswith(INDEX)
+        )
+    )
+
+
+def _dense_copies(folder: Path) -> set[Path]:
+    """Weight files at the top of a folder, their indexes, and folders of exported graphs. Folders below hold parts of
+    their own (sentence-transformers' Dense layers), and stay.
+    """
+    files = {path for pattern in (*_WEIGHTS, f"*{INDEX}") for path in folder.glob(pattern)}
+    return files | {folder / name for name in _GRAPH_FOLDERS if (folder / name).is_dir()}
 
 
 def write_card(path: Path, header: Header) -> None:

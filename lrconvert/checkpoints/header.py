@@ -22,6 +22,7 @@ class Header(BaseModel):
         input_shape: shape of one input without the batch, where it is known.
         parameters: parameters of the dense network, to say by how much this one is smaller.
         macs: multiply-accumulates of the dense network for one input, where they were counted.
+        shared: key to the key of the tensor that it shares its memory with; such tensors are stored once.
         plan: which layers are factorized, and how; None for a dense file.
     """
 
@@ -34,6 +35,7 @@ class Header(BaseModel):
     input_shape: tuple[int, ...] | None = None
     parameters: int | None = None
     macs: int | None = None
+    shared: dict[str, str] = {}
     plan: Plan | None = None
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lrconvert.checkpoints.checkpoint import Checkpoint
+from lrconvert.checkpoints.checkpoint import Checkpoint, with_shared
 from lrconvert.checkpoints.header import KEY, Header, read_header
 from lrconvert.errors import CheckpointError
 from lrconvert.tensors import TensorRef
@@ -52,6 +52,8 @@ def read_safetensors(path: Path) -> Checkpoint:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
     header = read_header(metadata, str(path))
+    # The library's own save_model leaves a tied tensor out and notes the key that it kept.
+    tensors = with_shared(tensors, header.shared if header else metadata or {})
     return Checkpoint(path, "safetensors", tensors, header, files={path: tuple(tensors)})
 
 

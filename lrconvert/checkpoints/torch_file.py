@@ -117,6 +117,8 @@ def _reader(path: Path, fake: Tensor) -> Any:
 def write_torch(path: Path, tensors: Iterable[tuple[str, Tensor]], order: Iterable[str], header: Header | None) -> None:
     """Write {"state_dict": …, "lrconvert": header} with torch.save; all tensors are in memory at once."""
     made = dict(tensors)
+    for key, original in (header.shared if header else {}).items():
+        made[key] = made[original]
     content: dict[str, Any] = {"state_dict": {key: made[key] for key in order}}
     if header is not None:
         content[KEY] = header.model_dump_json(exclude_defaults=True)

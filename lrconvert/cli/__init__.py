@@ -1,5 +1,7 @@
 """The command line: one thin file a command. Each parses, calls one function of `lrconvert.api`, and renders."""
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -48,8 +50,12 @@ def options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; see `lrconvert.errors` for what the codes mean."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "σ" shows "?" instead of failing
     try:
         result = app(args=None if arguments is None else list(arguments), prog_name="lrconvert", standalone_mode=False)
+        sys.stdout.flush()
     except LrconvertError as error:
         return _fail(str(error), error.exit_code)
     except _WrongArguments as error:
@@ -59,8 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         result = _INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing is wrong, and nobody is left to tell.
-        sys.stderr.close()
+        # The reader of our output went away (`| head`): nothing is wrong. Python would complain when it flushes once
+        # more on its way out, so that what is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if result == _INTERRUPTED:
         return _fail("interrupted; nothing was written", _INTERRUPTED)

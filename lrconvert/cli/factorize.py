@@ -111,7 +111,7 @@ def factorize(
             else lrconvert.make_plan(network, wanted, **chosen, device=device, progress=progress)  # type: ignore[arg-type]
         )
         if save_plan is not None:
-            lrconvert.save_plan(ready, save_plan)
+            lrconvert.save_plan(ready, save_plan, overwrite=overwrite)
         record = lrconvert.factorize(
             network, ready, output=output, overwrite=overwrite, dry_run=dry_run, device=device, progress=progress
         )

@@ -15,6 +15,14 @@ from lrconvert.report.record import Record
 _LOG_SECONDS = 10.0
 
 
+class _Console(Console):
+    """rich exits by itself when the reader of our output goes away; what to do about it is `main`'s to say."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what rich caught."""
+        raise BrokenPipeError
+
+
 class Sink:
     """Takes a command's record and shows it in the way that was asked for.
 
@@ -31,7 +39,7 @@ class Sink:
         if quiet and verbose:
             raise UsageError("--quiet and --verbose contradict each other: choose one")
         self.as_json, self.as_csv, self.quiet, self.verbose = as_json, as_csv, quiet, verbose
-        self.console = Console(stderr=as_json or as_csv, highlight=False, soft_wrap=False)
+        self.console = _Console(stderr=as_json or as_csv, highlight=False, markup=False)
 
     def show(self, record: Record) -> None:
         """Render `record`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lrconvert.checkpoints import KEY, Header
 from lrconvert.errors import ModelError
-from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against
+from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against, reason_of
 
 # A protobuf message cannot be larger; weights beyond it go into a file beside the graph.
 _PROTOBUF_LIMIT = 2_000_000_000
@@ -47,14 +47,19 @@ def write_onnx(model: nn.Module, input_shape: tuple[int, ...], path: Path, heade
                 verbose=False,
             )
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"torch cannot export this model to ONNX: {reason}") from error
+        raise ModelError(f"torch cannot export this model to ONNX: {reason_of(error)}") from error
     assert program is not None
     program.model.metadata_props[KEY] = header.model_dump_json(exclude_defaults=True)
     program.save(str(path), external_data=nbytes >= _PROTOBUF_LIMIT)
     # By path: a graph with its weights in another file cannot be checked in memory.
     onnx.checker.check_model(str(path))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelError(
+            f"onnxruntime cannot run this graph on the CPU in {dtype}; convert the checkpoint to float32 first "
+            f"({reason_of(error)})"
+        ) from error
     name = session.get_inputs()[0].name
 
     def run(inputs: Tensor) -> list[Tensor]:

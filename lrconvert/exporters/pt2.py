@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lrconvert.checkpoints import KEY, Header
 from lrconvert.errors import ModelError
-from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against, tensors_in
+from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against, reason_of, tensors_in
 
 
 def write_pt2(model: nn.Module, input_shape: tuple[int, ...], path: Path, header: Header, tolerance: float) -> Checked:
@@ -33,8 +33,7 @@ def write_pt2(model: nn.Module, input_shape: tuple[int, ...], path: Path, header
             torch.export.save(program, path, extra_files={KEY: header.model_dump_json(exclude_defaults=True)})
             loaded = torch.export.load(path).module()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"torch cannot export this model: {reason}") from error
+        raise ModelError(f"torch cannot export this model: {reason_of(error)}") from error
 
     def run(inputs: Tensor) -> list[Tensor]:
         with torch.no_grad():

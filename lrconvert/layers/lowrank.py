@@ -1,9 +1,51 @@
 """The module that takes a dense layer's place: two ordinary layers, applied one after the other."""
 
-from typing import ClassVar, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from lrconvert.errors import ModelError
+
+
+class ShapeOnly(Tensor):
+    """A meta tensor that refuses to be multiplied.
+
+    torch multiplies a tensor on the CPU by one on the meta device without an error, and returns whatever was in memory.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass on what reads shape, dtype or device; raise for a product."""
+        if func in _PRODUCTS:
+            raise ModelError(
+                f"a factorized layer has no weight to multiply by, but its parent passed it to {func.__name__}: "
+                "keep the layer dense with --exclude"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+_PRODUCTS = {
+    functional.linear,
+    functional.conv1d,
+    functional.conv2d,
+    functional.conv3d,
+    functional.embedding,
+    functional.multi_head_attention_forward,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.addmm,
+    torch.einsum,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+}
 
 
 class LowRank(nn.Module):
@@ -63,7 +105,9 @@ class LowRank(nn.Module):
         """
         u = self.u.weight
         assert isinstance(u, Tensor)
-        return torch.empty(self.dense_shape, dtype=u.dtype, device="meta")
+        shape = torch.empty(self.dense_shape, dtype=u.dtype, device="meta")
+        # Graph capture has no use for a subclass, and checks devices itself.
+        return shape if torch.compiler.is_compiling() or type(shape) is not Tensor else shape.as_subclass(ShapeOnly)
 
     @property
     def bias(self) -> Tensor | None:

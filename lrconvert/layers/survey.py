@@ -19,7 +19,7 @@ READ_BY_PARENT = {
 NOT_SUPPORTED = "not supported yet"
 
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)_l\d+(_reverse)?$")
-_EMBEDDING_NAME = re.compile(r"emb|wte$|wpe$|lookup", re.IGNORECASE)
+_EMBEDDING_NAME = re.compile(r"emb|wte$|wpe$|lookup|^shared$|attention_bias$|codebook", re.IGNORECASE)
 
 
 def layers_of_module(model: nn.Module) -> tuple[Layer, ...]:
@@ -36,7 +36,7 @@ def layers_of_module(model: nn.Module) -> tuple[Layer, ...]:
     listed: set[int] = set()
     for name, module in parents.items():
         for key, parameter in module.named_parameters(prefix=name, recurse=False):
-            if parameter.dim() < 2 or id(parameter) in listed:
+            if parameter.dim() < 2 or not parameter.numel() or id(parameter) in listed:
                 continue
             listed.add(id(parameter))
             kind, groups, reason = _judge(module, key.removeprefix(f"{name}."), parents.get(name.rpartition(".")[0]))
@@ -62,8 +62,10 @@ def _judge(module: nn.Module, parameter: str, parent: nn.Module | None) -> tuple
         return family.kind, groups, f"{type(module).__name__} changes what {family.dense.__name__} computes"
     if parent is not None:
         child = next((child for child, value in parent._modules.items() if value is module), "")
-        if child in READ_BY_PARENT.get(type(parent).__name__, ()):
+        if any(child in READ_BY_PARENT.get(base.__name__, ()) for base in type(parent).__mro__):
             return family.kind, groups, f"{type(parent).__name__} reads this weight without calling the layer"
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return family.kind, groups, "has hooks or a forward of its own, which would be lost"
     if groups > 1 and module.weight.shape[1] == 1:  # type: ignore[index]
         return family.kind, groups, "depthwise: one input channel a group, nothing to factorize"
     return family.kind, groups, ""
@@ -104,7 +106,7 @@ def layers_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layer, ...
 def _guesses(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
     previous_out = 0
     for key, shape in shapes.items():
-        if len(shape) < 2:
+        if len(shape) < 2 or not math.prod(shape):
             continue
         name = _layer_name(key)
         kind, reason, is_guess = _guess(key, shape, shapes, previous_out)
@@ -138,8 +140,9 @@ def _guess(
         return kind, "", False
     if shape[1] == 1 and shape[0] > 1:
         return kind, f"depthwise, or a convolution of one input channel: {settle}", True
-    if math.prod(shape[2:]) > 1 and previous_out == shape[0] > shape[1] and shape[0] % shape[1] == 0:
-        return kind, f"may be grouped (groups={shape[0] // shape[1]}): {settle}", True
+    if math.prod(shape[2:]) > 1 and previous_out > shape[1] and previous_out % shape[1] == 0:
+        # A plain convolution would have as many inputs as the one before it has outputs.
+        return kind, f"may be grouped (groups={previous_out // shape[1]}): {settle}", True
     return kind, "", False
 
 

@@ -19,14 +19,12 @@ class Architecture:
         args: keyword arguments of the factory.
         factory: builds the model on the current default device.
         input_shape: shape of one input without the batch, where the source knows it.
-        runs_user_code: whether building it runs code from a file of the user's, which a header must never cause.
     """
 
     name: str
     args: Mapping[str, Any]
     factory: Callable[..., nn.Module]
     input_shape: tuple[int, ...] | None = None
-    runs_user_code: bool = False
 
     def build(self, device: str = "meta") -> nn.Module:
         """The model on `device`, with whatever weights its constructor gives it; on "meta" no memory is used.
@@ -37,7 +35,7 @@ class Architecture:
         try:
             with torch.device(device):
                 model = self.factory(**self.args)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             given = ", ".join(f"{key}={value!r}" for key, value in self.args.items())
             raise ModelError(f"{self.name}({given}) cannot be built: {type(error).__name__}: {error}") from error
         if not isinstance(model, nn.Module):

@@ -31,7 +31,7 @@ def architecture(file: str, factory: str, args: Mapping[str, Any]) -> Architectu
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{file}: fails when imported: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(path.parent))
@@ -40,4 +40,4 @@ def architecture(file: str, factory: str, args: Mapping[str, Any]) -> Architectu
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ModelError(f"{file} has no callable '{factory}'; it has: {', '.join(names) or 'none'}")
     shape = getattr(module, "input_shape", None)
-    return Architecture(f"{file}:{factory}", dict(args), found, tuple(shape) if shape else None, runs_user_code=True)
+    return Architecture(f"{file}:{factory}", dict(args), found, tuple(shape) if shape else None)

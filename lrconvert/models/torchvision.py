@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from typing import Any
 
-from lrconvert.errors import UnknownNameError
+from lrconvert.errors import UnknownNameError, UsageError
 from lrconvert.models.architecture import Architecture
 
 
@@ -19,8 +20,12 @@ def architecture(name: str, args: Mapping[str, Any]) -> Architecture:
     known = torchvision.models.list_models()
     if name not in known:
         raise UnknownNameError("torchvision model", name, known)
+    if any(argument.startswith("weights") for argument in args):
+        raise UsageError("torchvision's weights are not downloaded here: the checkpoint brings them")
     # init_weights: GoogLeNet and Inception warn when it is not given; the weights are thrown away here anyway.
-    fixed = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    fixed: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    if "weights_backbone" in signature(torchvision.models.get_model_builder(name)).parameters:
+        fixed["weights_backbone"] = None
     factory = partial(torchvision.models.get_model, name, weights=None, **fixed)
     return Architecture(f"torchvision/{name}", dict(args), factory, _input_shape(name))
 

@@ -19,7 +19,7 @@ def render(record: records.Record, console: Console, verbose: bool = False) -> N
 
     Args:
         record: any record of `lrconvert.report.record`.
-        console: where to; its width decides how many columns are shown.
+        console: where to, without markup: names may look like it; its width decides how many columns are shown.
         verbose: every row and column, whatever the width.
     """
     for kind, renderer in _RENDERERS.items():
@@ -81,18 +81,18 @@ def _reasons(console: Console, heading: str, reasons: Counter[str]) -> None:
     for reason, number in reasons.items():
         sort = reason.partition(":")[0]
         shown[sort if sorts[sort] > 2 else reason] += number
-    console.print(f"\n[bold]{heading}[/bold]")
+    console.print(f"\n{heading}", style="bold")
     for reason, number in shown.most_common():
-        console.print(f"  {number:4} × {reason}", markup=False, soft_wrap=True)
+        console.print(f"  {number:4} × {reason}", soft_wrap=True)
 
 
 def _notes(console: Console, notes: Sequence[str]) -> None:
     for note in notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 def _analyze(record: records.AnalyzeRecord, console: Console, wide: bool, verbose: bool) -> None:
-    console.print(f"[bold]{record.source}[/bold]" + (f"  {record.model}" if record.model else ""))
+    console.print(record.source + (f"  {record.model}" if record.model else ""), style="bold")
     _notes(console, record.notes)
     columns = [("layer", "left"), ("shape", "left"), ("full", "right"), ("stable", "right"), ("scaled", "right")]
     extra = [("kind", "left"), ("params", "right"), ("MACs", "right"), ("e90", "right"), ("a80", "right")]
@@ -129,7 +129,7 @@ def _analyze(record: records.AnalyzeRecord, console: Console, wide: bool, verbos
     size = f", {count(record.nbytes, 'B')} on disk" if record.nbytes else ""
     macs = f", {count(record.macs)} MACs ({record.mac_convention})" if record.macs is not None else ""
     weights = f"{len(record.layers)} weight" + ("" if len(record.layers) == 1 else "s")
-    console.print(f"\n{weights}, {record.num_params:,} parameters{macs}{size}", markup=False)
+    console.print(f"\n{weights}, {record.num_params:,} parameters{macs}{size}")
 
 
 def _decision_rows(rows: Sequence[records.LayerDecision], wide: bool) -> Table:
@@ -153,8 +153,8 @@ def _decision_rows(rows: Sequence[records.LayerDecision], wide: bool) -> Table:
 
 def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, verbose: bool) -> None:
     to = f" → {record.output}" if record.output else "  (dry run: nothing is written)"
-    console.print(f"[bold]{record.source}[/bold]{to}")
-    console.print(f"rule {record.rule}, layers in {record.order} order", markup=False)
+    console.print(f"{record.source}{to}", style="bold")
+    console.print(f"rule {record.rule}, layers in {record.order} order")
     _notes(console, record.notes)
     rows = [row for row in record.layers if row.rank is not None or verbose]
     console.print(_decision_rows(rows, wide))
@@ -178,7 +178,7 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
 
 
 def _export(record: records.ExportRecord, console: Console, wide: bool, verbose: bool) -> None:
-    console.print(f"[bold]{record.source}[/bold] → {record.output}  ({record.format}, {count(record.nbytes, 'B')})")
+    console.print(f"{record.source} → {record.output}  ({record.format}, {count(record.nbytes, 'B')})", style="bold")
     if record.difference is None:
         console.print(f"checked: {record.checked_with}")
         return
@@ -192,7 +192,7 @@ def _export(record: records.ExportRecord, console: Console, wide: bool, verbose:
 
 def _compare(record: records.CompareRecord, console: Console, wide: bool, verbose: bool) -> None:
     a, b = record.first, record.second
-    console.print(f"[bold]A[/bold] {a.source}\n[bold]B[/bold] {b.source}")
+    console.print(f"A  {a.source}\nB  {b.source}", style="bold")
     table = _table(("layer", "left"), ("shape", "left"), ("rank A", "right"), ("rank B", "right"), ("B − A", "right"))
     shown = [row for row in record.layers if verbose or row.difference or row.rank != (None, None)]
     for row in shown:
@@ -206,7 +206,7 @@ def _compare(record: records.CompareRecord, console: Console, wide: bool, verbos
     )
     for side, keys in (("A", record.only_first), ("B", record.only_second)):
         if keys:
-            console.print(f"only in {side}: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}", markup=False)
+            console.print(f"only in {side}: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}")
     console.print()
     totals = _table(("", "left"), ("A", "right"), ("B", "right"), ("B/A", "right"))
     lines: list[tuple[str, float | None, float | None, Callable[[float], str]]] = [
@@ -220,13 +220,13 @@ def _compare(record: records.CompareRecord, console: Console, wide: bool, verbos
             totals.add_row(name, text(first), text(second), f"{second / first:.3f}" if first else "–")
     console.print(totals)
     if record.latency_note:
-        console.print(f"latency: {record.latency_note}", style="dim", markup=False)
+        console.print(f"latency: {record.latency_note}", style="dim")
     if record.output_difference is not None:
         console.print(f"outputs differ by {record.output_difference:.2e} (‖b − a‖/‖a‖, one random batch)")
 
 
 def _info(record: records.InfoRecord, console: Console, wide: bool, verbose: bool) -> None:
-    console.print(f"[bold]{record.source}[/bold]")
+    console.print(record.source, style="bold")
     console.print(
         f"{record.format}, {count(record.nbytes, 'B')}, {record.num_tensors} tensors of "
         f"{', '.join(record.dtypes)}, {record.num_params:,} parameters",
@@ -236,11 +236,11 @@ def _info(record: records.InfoRecord, console: Console, wide: bool, verbose: boo
     if record.written_by is None:
         console.print("not written by lrconvert: a dense checkpoint, as far as anything says")
         return
-    console.print(f"written by {record.written_by}" + (f" for {record.model}" if record.model else ""), markup=False)
+    console.print(f"written by {record.written_by}" + (f" for {record.model}" if record.model else ""))
     if record.rule is None:
         console.print("dense: no plan in it")
         return
-    console.print(f"rule {record.rule}" if record.rule else "ranks read from a live model", markup=False)
+    console.print(f"rule {record.rule}" if record.rule else "ranks read from a live model")
     console.print(_decision_rows(record.low_rank, wide))
     _reasons(console, "Kept dense", Counter(record.dense))
     console.print()
@@ -265,7 +265,7 @@ def _demo(record: records.DemoRecord, console: Console, wide: bool, verbose: boo
         f"MACs: {record.mac_convention}.",
         style="dim",
     )
-    console.print(f"The files are in {record.folder}", markup=False)
+    console.print(f"The files are in {record.folder}")
 
 
 _RENDERERS: dict[type[records.Record], Callable[[Any, Console, bool, bool], None]] = {

@@ -215,8 +215,9 @@ def test_only_our_own_folders_are_replaced(folder, tmp_path):
     (home / "thesis.tex").write_text("precious")
     with pytest.raises(OutputExistsError, match="is not a folder that lrconvert wrote"):
         write_checkpoint(home, steps, HEADER, source, overwrite=True)
-    with pytest.raises(OutputExistsError, match="is not a folder that lrconvert wrote"):
-        write_checkpoint(folder, steps, HEADER, source, overwrite=True)
+    for inside in (folder, folder / "small"):
+        with pytest.raises(UsageError, match="lies inside"):
+            write_checkpoint(inside, steps, HEADER, source, overwrite=True)
     assert (home / "thesis.tex").read_text() == "precious"
     out = tmp_path / "out"
     write_checkpoint(out, steps, HEADER, source)

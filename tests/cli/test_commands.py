@@ -251,10 +251,10 @@ def test_an_all_zero_layer_and_a_one_by_one_matrix(cli):
 
 
 def test_an_interrupt_exits_with_130_and_leaves_nothing(tmp_path):
-    names = [f"layer{number}" for number in range(40)]
-    save_file({f"{name}.weight": torch.randn(1500, 1500) for name in names}, "large.safetensors")
+    names = [f"layer{number}" for number in range(30)]
+    save_file({f"{name}.weight": torch.randn(1200, 1200) for name in names}, "large.safetensors")
     layers = [
-        LayerPlan(name=name, weight=f"{name}.weight", kind="linear", shape=(1500, 1500), rank=9) for name in names
+        LayerPlan(name=name, weight=f"{name}.weight", kind="linear", shape=(1200, 1200), rank=9) for name in names
     ]
     lrconvert.save_plan(Plan(layers=tuple(layers)), tmp_path / "plan.json")
     arguments = ["factorize", "large.safetensors", "-o", "out.safetensors", "--plan", "plan.json"]
@@ -269,5 +269,5 @@ def test_an_interrupt_exits_with_130_and_leaves_nothing(tmp_path):
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=120)
     assert child.returncode == 130, err
-    assert err.strip() == "error: interrupted; nothing was written"
+    assert err.strip().splitlines()[-1] == "error: interrupted; nothing was written"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.pt", "large.safetensors", "plan.json"]

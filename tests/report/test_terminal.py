@@ -16,7 +16,7 @@ from lrconvert.report.terminal import count, render, shape_text, spectrum_pictur
 
 def printed(record, width=80, verbose=False):
     file = io.StringIO()
-    render(record, Console(file=file, width=width), verbose=verbose)
+    render(record, Console(file=file, width=width, markup=False), verbose=verbose)
     return file.getvalue()
 
 
