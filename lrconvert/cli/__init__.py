@@ -10,6 +10,7 @@ import typer
 
 import lrconvert
 from lrconvert.cli import analyze, compare, demo, export, factorize, info
+from lrconvert.cli.memory import return_freed_memory
 from lrconvert.errors import LrconvertError
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "σ" shows "?" instead of failing
+    return_freed_memory()
     try:
         result = app(args=None if arguments is None else list(arguments), prog_name="lrconvert", standalone_mode=False)
         sys.stdout.flush()

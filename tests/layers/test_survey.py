@@ -93,7 +93,7 @@ def test_kinds_guessed_from_a_file():
         ("conv1.weight", (64, 3, 7, 7)),
         ("conv1.bias", (64,)),
         ("audio.weight", (32, 64, 5)),
-        ("video.weight", (8, 4, 3, 3, 3)),
+        ("video.weight", (8, 32, 3, 3, 3)),
         ("fc.weight", (10, 64)),
         ("fc.bias", (10,)),
         ("norm.weight", (64,)),
