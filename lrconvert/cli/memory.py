@@ -10,9 +10,10 @@ _ONE_MEGABYTE = 1 << 20
 def return_freed_memory() -> None:
     """Make glibc map every block of a megabyte and more on its own, so that freeing one gives it back at once.
 
-    By default glibc learns to keep freed blocks of up to 32 MB in a heap for each thread. Over a large checkpoint, whose
-    tensors are read, factorized and dropped by several threads, those heaps grow by gigabytes that nothing uses. It is
-    a setting of the whole process, so only the command line makes it; elsewhere MALLOC_MMAP_THRESHOLD_ does the same.
+    By default glibc learns to keep freed blocks of up to 32 MB in a heap for each thread. Over a large checkpoint,
+    whose tensors are read, factorized and dropped by several threads, those heaps grow by gigabytes that nothing
+    uses. It is a setting of the whole process, so only the command line makes it; elsewhere the environment variable
+    MALLOC_MMAP_THRESHOLD_ does the same.
     """
     if sys.platform != "linux":
         return
