@@ -123,7 +123,7 @@ def factors_of(matrices: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
     pair = None
     if _may_be_single(wide) and bool(((energy > _SAFE_ENERGY[0]) & (energy < _SAFE_ENERGY[1])).all()):
         pair = _basis_and_projection(wide, rank, torch.float32, name)
-        lost = energy - torch.linalg.vector_norm(pair[1], dim=(1, 2), dtype=torch.float64) ** 2
+        lost = energy - _energy(pair[1])
         # The truncation error is √lost. Where little is lost, float32 noise in the basis is a large part of it.
         if not bool((lost >= rank / wide.shape[1] * _VECTOR_NOISE / _ERROR_TOLERANCE * energy).all()):
             pair = None
@@ -154,7 +154,7 @@ def finite_energy(matrices: Tensor, name: str) -> Tensor:
         WeightError: a value is NaN or infinite. The sum shows it for free: float32 squares cannot overflow float64.
     """
     wide = matrices if matrices.dtype.itemsize > 1 else matrices.float()  # float8 has no arithmetic of its own
-    energy = torch.linalg.vector_norm(wide, dim=(1, 2), dtype=torch.float64) ** 2
+    energy = _energy(wide)
     if not bool(torch.isfinite(energy).all()):
         bad = matrices.numel() - int(torch.isfinite(wide).sum())
         what = f"{bad} of {matrices.numel()} values are NaN or infinite" if bad else "its values overflow float64"
@@ -162,6 +162,13 @@ def finite_energy(matrices: Tensor, name: str) -> Tensor:
             f"{name or 'weight'}: {what}; use an earlier checkpoint, or leave the layer out with --exclude '{name}'"
         )
     return energy
+
+
+def _energy(matrices: Tensor) -> Tensor:
+    """‖W‖² of each group (groups,) in float64, some rows at a time: torch would make a float64 copy of the whole."""
+    rows = max(1, (1 << 20) // max(matrices.shape[2], 1))
+    parts = [torch.linalg.vector_norm(part, dim=(1, 2), dtype=torch.float64) for part in matrices.split(rows, dim=1)]
+    return torch.stack(parts).square().sum(dim=0)
 
 
 def _wide(matrices: Tensor) -> Tensor:
