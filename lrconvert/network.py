@@ -185,9 +185,9 @@ def _tied(layer: Layer, tensors: Mapping[str, TensorRef]) -> Layer:
     ref = tensors.get(layer.weight)
     others = [key for key, other in tensors.items() if other.alias_of == layer.weight]
     first = (ref.alias_of if ref else None) or next(iter(others), None)
-    return (
-        replace(layer, dense_reason=f"shared with {first}", guess=False) if first and not layer.dense_reason else layer
-    )
+    if not first or (layer.dense_reason and not layer.guess):
+        return layer
+    return replace(layer, dense_reason=f"shared with {first}", guess=False)
 
 
 def _with_module(network: Network, module: nn.Module, input_shape: tuple[int, ...] | None) -> Network:

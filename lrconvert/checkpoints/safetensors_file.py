@@ -53,7 +53,8 @@ def read_safetensors(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
     header = read_header(metadata, str(path))
     # The library's own save_model leaves a tied tensor out and notes the key that it kept.
-    tensors = with_shared(tensors, header.shared if header else metadata or {})
+    noted = {key: kept for key, kept in (metadata or {}).items() if key != "format"}
+    tensors = with_shared(tensors, header.shared if header else noted)
     return Checkpoint(path, "safetensors", tensors, header, files={path: tuple(tensors)})
 
 
