@@ -144,7 +144,7 @@ def decide(
 
     Args:
         layers: every weight of the network, in `order`.
-        spectra: by layer name; needed for every layer that `may_be_low_rank` lets through.
+        spectra: by layer name; needed for every layer that `reasons_to_stay_dense` does not name.
         options: what the user asked for.
         order: what the sequence of `layers` is.
         xi: ξ by layer name, where it was measured; the closed form is used elsewhere.

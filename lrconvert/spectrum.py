@@ -36,7 +36,7 @@ class Spectrum:
 
     Attributes:
         values: singular values (groups, full_rank), descending, float64, on the CPU.
-        energy: ‖W‖² of each group (groups,), summed from the weight itself in float64.
+        energy: ‖W‖² of each group (groups,), float64; from the weight, or from the trace of its float32 Gram matrix.
     """
 
     values: Tensor
