@@ -13,7 +13,7 @@ from lrconvert.cost import Trace, trace
 from lrconvert.errors import ModelError
 from lrconvert.factorization import merging
 from lrconvert.layers import FAMILIES, Layer
-from lrconvert.layers.survey import layers_of_module, layers_of_tensors
+from lrconvert.layers.survey import layers_of_module, layers_of_tensors, tied_names
 from lrconvert.models import Architecture, find_architecture
 from lrconvert.plan import Order
 from lrconvert.rewrite import layout_of
@@ -149,14 +149,6 @@ def _check_match(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: 
             if keys
         ]
         raise ModelError(f"the checkpoint does not match {name}: {'; '.join(parts)}; is this the right --model?")
-
-
-def tied_names(module: nn.Module) -> list[list[str]]:
-    """The names of every parameter that is reached under more than one."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
 
 
 def _from_file_alone(network: Network) -> Network:

@@ -10,8 +10,9 @@ from torch import nn
 from lrconvert.api.common import WRITTEN_BY
 from lrconvert.checkpoints import Checkpoint, Header, open_checkpoint, write_checkpoint
 from lrconvert.errors import ModelError, UsageError
+from lrconvert.layers.survey import tied_names
 from lrconvert.models import Architecture
-from lrconvert.network import architecture_of, fit, tied_names
+from lrconvert.network import architecture_of, fit
 from lrconvert.rewrite import moving
 from lrconvert.surgery import plan_of
 from lrconvert.tensors import refs_of

@@ -29,9 +29,7 @@ def layers_of_module(model: nn.Module) -> tuple[Layer, ...]:
     listed once, under its first, and stays dense.
     """
     parents = dict(model.named_modules(remove_duplicate=False))
-    names_of: dict[int, list[str]] = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(key)
+    names_of = _names_of_parameters(model)
     layers = []
     listed: set[int] = set()
     for name, module in parents.items():
@@ -45,6 +43,19 @@ def layers_of_module(model: nn.Module) -> tuple[Layer, ...]:
                 reason = f"shared with {_layer_name(tied[0])}"
             layers.append(Layer(_layer_name(key), key, kind, tuple(parameter.shape), groups, reason))
     return tuple(layers)
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter that is reached under more than one."""
+    return [names for names in _names_of_parameters(model).values() if len(names) > 1]
+
+
+def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter, by its identity."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 def _judge(module: nn.Module, parameter: str, parent: nn.Module | None) -> tuple[str, int, str]:
