@@ -28,7 +28,7 @@ def factorize_weight(weight: Tensor, layer: LayerPlan) -> tuple[Tensor, Tensor]:
         WeightError: the weight is not finite, or the factors overflow its dtype.
     """
     assert layer.rank is not None
-    u, v = factors_of(matrix_view(weight, layer.groups), layer.rank, layer.name)
+    u, v = factors_of(matrix_view(weight, layer.groups), layer.rank, layer.name, layer.error)
     ones = [1] * (weight.dim() - 2)
     return u.reshape(-1, *weight.shape[1:]), v.reshape(weight.shape[0], layer.rank, *ones)
 

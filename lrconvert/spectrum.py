@@ -20,9 +20,11 @@ LinAlgErrors: tuple[type[Exception], ...] = (torch.linalg.LinAlgError, np.linalg
 # Up to this full rank float64 costs next to nothing.
 _ALWAYS_DOUBLE = 128
 # Eigenvalues of a float32 product are off by at most about this times the largest: 9e-8 was the most seen over spectra
-# from flat to σ_i ∝ i⁻⁴ and shapes from 130×4000 to 200×200000. (Eigenvectors in float32 as well: 1.4e-7.)
+# from flat to σ_i ∝ i⁻⁴ and shapes from 130×4000 to 200×200000.
 _PRODUCT_NOISE = 2e-7
-_VECTOR_NOISE = 4e-7
+# A basis from float32 eigenvectors loses up to about this share of ‖W‖² more than the best one, times the number of
+# rows: 2.0e-9 was the most seen, at 2048×2048 with σ_i ∝ 1/i.
+_VECTOR_NOISE = 2e-9
 # How far noise may move a singular value, relative to σ_max, and a truncation error, relative to the best.
 _VALUE_TOLERANCE = 1e-4
 _ERROR_TOLERANCE = 1e-4
@@ -104,13 +106,14 @@ def spectrum_of(matrices: Tensor, name: str) -> Spectrum:
     return Spectrum(values.cpu(), energy.cpu())
 
 
-def factors_of(matrices: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
+def factors_of(matrices: Tensor, rank: int, name: str, expected_error: float | None = None) -> tuple[Tensor, Tensor]:
     """The two factors of the best approximation of `rank`, each carrying √σ (Pufferfish section 2.1).
 
     Args:
         matrices: (groups, rows, columns), any floating dtype.
         rank: singular values kept in each group.
         name: the layer, for messages.
+        expected_error: ‖W − W_r‖ / ‖W‖ if it is known; spares a float32 attempt that would be in vain.
 
     Returns:
         u (groups, rank, columns) and v (groups, rows, rank), in the input's dtype, with v·u ≈ matrices.
@@ -121,11 +124,12 @@ def factors_of(matrices: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
     energy = finite_energy(matrices, name)
     wide = _wide(matrices)
     pair = None
-    if _may_be_single(wide) and bool(((energy > _SAFE_ENERGY[0]) & (energy < _SAFE_ENERGY[1])).all()):
+    # The truncation error is √lost, so noise δ in what is lost moves it by δ/(2·lost) of itself.
+    least_lost = wide.shape[1] * _VECTOR_NOISE / (2 * _ERROR_TOLERANCE)
+    promising = expected_error is None or expected_error**2 >= least_lost
+    if promising and _may_be_single(wide) and bool(((energy > _SAFE_ENERGY[0]) & (energy < _SAFE_ENERGY[1])).all()):
         pair = _basis_and_projection(wide, rank, torch.float32, name)
-        lost = energy - _energy(pair[1])
-        # The truncation error is √lost. Where little is lost, float32 noise in the basis is a large part of it.
-        if not bool((lost >= rank / wide.shape[1] * _VECTOR_NOISE / _ERROR_TOLERANCE * energy).all()):
+        if not bool((energy - _energy(pair[1]) >= least_lost * energy).all()):
             pair = None
     if pair is None:
         pair = _basis_and_projection(wide, rank, torch.float64, name)
@@ -211,6 +215,13 @@ def _eigenvalues(gram: Tensor) -> Tensor:
     return values.flip(1)
 
 
+def _eigenvectors(gram: Tensor) -> Tensor:
+    """Eigenvectors (groups, small, small) by ascending eigenvalue; numpy's LAPACK is the faster one in float64 only."""
+    if gram.is_cpu and gram.dtype == torch.float64:
+        return torch.from_numpy(np.linalg.eigh(gram.numpy()).eigenvectors)
+    return torch.linalg.eigh(gram).eigenvectors
+
+
 def _roots(eigenvalues: Tensor) -> Tensor:
     """Singular values of a matrix from the eigenvalues of its Gram matrix, where rounding may leave some below zero."""
     return eigenvalues.clamp(min=0).sqrt()
@@ -230,7 +241,7 @@ def _spectrum_from(gram: Tensor) -> Spectrum | None:
 def _basis_and_projection(wide: Tensor, rank: int, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
     """The leading eigenvectors (groups, small, rank) and the weight projected on them (groups, rank, large)."""
     try:
-        basis = torch.linalg.eigh(_gram(wide, dtype)).eigenvectors[:, :, -rank:].flip(2)
+        basis = _eigenvectors(_gram(wide, dtype))[:, :, -rank:].flip(2)
     except LinAlgErrors:
         try:
             basis = torch.linalg.svd(wide.double(), full_matrices=False).U[:, :, :rank]
