@@ -24,7 +24,6 @@ from common import build_model, environment, interleave, ratios, save, spread, s
 from torch import nn
 
 import lrconvert
-from lrconvert.factorization import matrix_view
 
 CASES = (("resnet50", "random"), ("resnet50", "decaying"), ("vit_b_16", "random"), ("vit_b_16", "decaying"))
 SVDVALS_TARGET, WEIGHTWATCHER_TARGET = 5, 20
@@ -72,7 +71,9 @@ def measure(name: str, spectrum: str, rounds: int, peer_rounds: int) -> dict[str
     model = build_model(name, spectrum)
     analysis = lrconvert.analyze(model, device="cpu")
     weights = dict(model.named_parameters())
-    views = {layer.name: matrix_view(weights[layer.weight], layer.groups) for layer in analysis.network.layers}
+    views = {
+        layer.name: layer.layout.matrices(weights[layer.weight], layer.groups) for layer in analysis.network.layers
+    }
     jobs = {
         "lrconvert": lambda: lrconvert.analyze(model, device="cpu"),
         "svdvals": lambda: [torch.linalg.svdvals(view) for view in views.values()],

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import lrconvert
 from lrconvert import rewrite
-from lrconvert.factorization import factorizing, matrix_view
+from lrconvert.factorization import factorizing
 from lrconvert.plan import Plan
 from lrconvert.tensors import refs_of
 
@@ -82,7 +82,9 @@ def full_svd(state: State, plan: Plan) -> State:
     """The factors, as they come from a full SVD of every layer."""
     factors = {}
     for layer in plan.low_rank:
-        left, values, right = torch.linalg.svd(matrix_view(state[layer.weight], layer.groups), full_matrices=False)
+        left, values, right = torch.linalg.svd(
+            layer.layer.layout.matrices(state[layer.weight], layer.groups), full_matrices=False
+        )
         root = values[:, : layer.rank].sqrt()
         factors[layer.key("v")] = (left[:, :, : layer.rank] * root[:, None, :]).contiguous()
         factors[layer.key("u")] = (root[:, :, None] * right[:, : layer.rank]).contiguous()
@@ -93,7 +95,7 @@ def least_errors(state: State, plan: Plan) -> dict[str, float]:
     """By layer name, the norm of the singular values that its rank leaves out."""
     least = {}
     for layer in plan.low_rank:
-        values = torch.linalg.svdvals(matrix_view(state[layer.weight], layer.groups).double())
+        values = torch.linalg.svdvals(layer.layer.layout.matrices(state[layer.weight], layer.groups).double())
         least[layer.name] = float(values[:, layer.rank :].norm())
     return least
 
@@ -102,7 +104,7 @@ def worst_excess(state: State, plan: Plan, factors: State, least: dict[str, floa
     """The largest relative excess of a layer's truncation error above the least possible."""
     worst = 0.0
     for layer in plan.low_rank:
-        view = matrix_view(state[layer.weight], layer.groups).double()
+        view = layer.layer.layout.matrices(state[layer.weight], layer.groups).double()
         left = factors[layer.key("v")].double().reshape(*view.shape[:2], layer.rank)
         right = factors[layer.key("u")].double().reshape(len(view), layer.rank, -1)
         worst = max(worst, float((view - left @ right).norm()) / least[layer.name] - 1)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from lrconvert.errors import UsageError
-from lrconvert.factorization import matrix_view
 from lrconvert.layers import Layer
 from lrconvert.network import Network
 from lrconvert.parallel import map_layers
@@ -68,7 +67,7 @@ def _spectra(
 
     def job(layer: Layer) -> Spectrum:
         weight = network.tensors[layer.weight].read().to(device)
-        return spectrum_of(matrix_view(weight, layer.groups), layer.name)
+        return spectrum_of(layer.layout.matrices(weight, layer.groups), layer.name)
 
     found = {}
     for layer, spectrum in map_layers(job, layers, size=lambda layer: layer.num_params, device=device):

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrconvert.layers import LowRank, family_of
+from lrconvert.layers import family_of, low_rank_modules
 
 MAC_CONVENTION = "matrix products and convolutions of one forward pass, batch 1"
 
@@ -59,12 +60,12 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
     inputs = torch.empty(1, *input_shape, device="meta")
     state = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     positions: dict[str, int] = {}
-    names = {module: name for name, module in model.named_modules() if family_of(module) or isinstance(module, LowRank)}
+    names = {module: name for name, module in model.named_modules() if family_of(module)}
+    names |= {module: name for name, module in low_rank_modules(model)}
 
-    def record(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        out = int(getattr(module, "out_channels", None) or module.out_features)  # type: ignore[arg-type]
+    def record(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         name = names[module]
-        positions[name] = positions.get(name, 0) + output.numel() // out
+        positions[name] = positions.get(name, 0) + _positions(module, output)
 
     hooks = [module.register_forward_hook(record) for module in names]
     training = {module: module.training for module in model.modules()}
@@ -78,6 +79,14 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
         for module, mode in training.items():
             module.training = mode
     return Trace(positions, counter.get_total_flops() // 2)
+
+
+def _positions(module: nn.Module, output: Any) -> int:
+    """Output positions of one call: of images, tokens, or time steps; of what comes first where there are several."""
+    while not isinstance(output, Tensor):
+        output = output[0]
+    channels = getattr(module, "out_channels", None)
+    return output.numel() // int(channels or output.shape[-1])
 
 
 @dataclass(frozen=True)

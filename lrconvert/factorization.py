@@ -1,7 +1,8 @@
 """Factorizing and merging: functions from tensors and a plan to tensors. The only place that computes factors.
 
-A layer "a" with `a.weight` and `a.bias` becomes `a.u.weight`, `a.v.weight` and `a.v.bias`. With rank r per group and
-g groups, u is (g·r, in/g, *kernel) and v is (out, r, 1, …, 1): two layers of the same family, u applied first.
+A layer "a" with `a.weight` and `a.bias` becomes `a.u.weight`, `a.v.weight` and `a.v.bias`: two layers, u applied
+first. How their weights are stored is said in `lrconvert.layers.layout`. Of a module with several weights,
+"a.weight_ih_l0" becomes `a.ih_l0.u.weight` and `a.ih_l0.v.weight`, and biases stay.
 """
 
 from collections.abc import Mapping
@@ -11,14 +12,9 @@ from torch import Tensor
 
 from lrconvert.errors import PlanError
 from lrconvert.plan import LayerPlan, Plan, check_plan
-from lrconvert.rewrite import CPU, Rewrite, moving
+from lrconvert.rewrite import CPU, Layout, Rewrite, moving
 from lrconvert.spectrum import factors_of
 from lrconvert.tensors import TensorRef, shapes_of
-
-
-def matrix_view(weight: Tensor, groups: int) -> Tensor:
-    """(groups, out/groups, in/groups · kernel elements) view of a weight stored out first."""
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 def factorize_weight(weight: Tensor, layer: LayerPlan) -> tuple[Tensor, Tensor]:
@@ -28,17 +24,17 @@ def factorize_weight(weight: Tensor, layer: LayerPlan) -> tuple[Tensor, Tensor]:
         WeightError: the weight is not finite, or the factors overflow its dtype.
     """
     assert layer.rank is not None
-    u, v = factors_of(matrix_view(weight, layer.groups), layer.rank, layer.name, layer.error)
-    ones = [1] * (weight.dim() - 2)
-    return u.reshape(-1, *weight.shape[1:]), v.reshape(weight.shape[0], layer.rank, *ones)
+    layout = layer.layer.layout
+    right, left = factors_of(layout.matrices(weight, layer.groups), layer.rank, layer.name, layer.error)
+    u, v = layout.pair(left, right, layer.shape)
+    return u.contiguous(), v.contiguous()
 
 
 def merge_weight(u: Tensor, v: Tensor, layer: LayerPlan) -> Tensor:
     """The dense weight v·u of two factors, multiplied in float64, in the dtype of `u`."""
-    groups = layer.groups
-    left = v.double().reshape(groups, v.shape[0] // groups, -1)
-    right = u.double().reshape(groups, u.shape[0] // groups, -1)
-    return (left @ right).reshape(layer.shape).to(u.dtype)
+    layout = layer.layer.layout
+    left, right = layout.factors(u.double(), v.double(), layer.groups)
+    return layout.weight(left @ right, layer.shape).to(u.dtype).contiguous()
 
 
 def factorizing(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device = CPU) -> list[Rewrite]:
@@ -71,13 +67,7 @@ def merging(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device =
     second = {layer.key("v") for layer in plan.low_rank}
     biases = {layer.key("v", "bias"): layer for layer in plan.low_rank}
     for layer in plan.low_rank:
-        assert layer.rank is not None
-        ones = (1,) * (len(layer.shape) - 2)
-        expected = {
-            layer.key("u"): (layer.groups * layer.rank, *layer.shape[1:]),
-            layer.key("v"): (layer.shape[0], layer.rank, *ones),
-        }
-        for key, shape in expected.items():
+        for key, shape in _factor_shapes(layer).items():
             if key not in tensors or tensors[key].shape != shape:
                 found = tensors[key].shape if key in tensors else "nothing"
                 raise PlanError(f"{key}: the plan expects shape {shape}, the checkpoint has {found}")
@@ -93,17 +83,20 @@ def merging(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device =
 
 
 def _factorizing(source: str, ref: TensorRef, layer: LayerPlan, device: torch.device) -> Rewrite:
-    assert layer.rank is not None
-    keys = layer.key("u"), layer.key("v")
-    ones = (1,) * (len(layer.shape) - 2)
-    shapes = (layer.groups * layer.rank, *layer.shape[1:]), (layer.shape[0], layer.rank, *ones)
+    outputs: Layout = {key: (shape, ref.dtype) for key, shape in _factor_shapes(layer).items()}
 
     def make() -> dict[str, Tensor]:
         factors = factorize_weight(ref.read().to(device), layer)
-        return {key: factor.cpu() for key, factor in zip(keys, factors, strict=True)}
+        return {key: factor.cpu() for key, factor in zip(outputs, factors, strict=True)}
 
-    outputs = {key: (shape, ref.dtype) for key, shape in zip(keys, shapes, strict=True)}
     return Rewrite(source, outputs, ref.numel, make)
+
+
+def _factor_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
+    """Key to shape of the two factors of a layer, u first."""
+    assert layer.rank is not None
+    u, v = layer.layer.layout.factor_shapes(layer.shape, layer.groups, layer.rank)
+    return {layer.key("u"): u, layer.key("v"): v}
 
 
 def _merging(source: str, u: TensorRef, v: TensorRef, layer: LayerPlan, device: torch.device) -> Rewrite:

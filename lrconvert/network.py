@@ -12,7 +12,7 @@ from lrconvert.checkpoints import Checkpoint, open_checkpoint
 from lrconvert.cost import Trace, trace
 from lrconvert.errors import ModelError
 from lrconvert.factorization import merging
-from lrconvert.layers import FAMILIES, Layer
+from lrconvert.layers import LAYOUTS, Layer
 from lrconvert.layers.survey import layers_of_module, layers_of_tensors, tied_names
 from lrconvert.models import Architecture, find_architecture
 from lrconvert.plan import Order
@@ -207,9 +207,9 @@ def _in_execution_order(layers: tuple[Layer, ...], found: Trace) -> tuple[Layer,
     turn = {name: index for index, name in enumerate(found.positions)}
     last, keyed = -1, []
     for layer in layers:
-        if layer.name in turn:
-            last = turn[layer.name]
-        elif layer.kind in FAMILIES and not layer.dense_reason:
+        if layer.owner in turn:
+            last = turn[layer.owner]
+        elif layer.kind in LAYOUTS and not layer.dense_reason:
             layer = replace(layer, dense_reason="never called in a forward pass")
         keyed.append((last, layer))
     return tuple(layer for _, layer in sorted(keyed, key=lambda pair: pair[0]))

@@ -6,14 +6,14 @@ lrconvert writes, so that a factorized model can be rebuilt from its file alone.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrconvert.errors import PlanError, UsageError
-from lrconvert.layers import FAMILIES, WEIGHT_LAYERS, Layer
+from lrconvert.layers import COMPOSITE_KINDS, LAYOUTS, Layer
 from lrconvert.patterns import check_patterns, first_match, matches
 from lrconvert.ranks import Evidence, Rule, closed_form_xi
 from lrconvert.spectrum import Spectrum
@@ -29,7 +29,7 @@ class LayerPlan(BaseModel):
         weight: key of its weight.
         kind: kind of layer, see `lrconvert.layers.FAMILIES`.
         shape: shape of the dense weight, out first.
-        groups: convolution groups.
+        groups: matrices in the weight, each factorized on its own.
         rank: singular values kept per group; None for a layer that stays dense.
         reason: the rule that chose the rank, or why the layer stays dense.
         error: predicted ‖W − W_r‖ / ‖W‖; None for a layer that stays dense.
@@ -60,11 +60,11 @@ class LayerPlan(BaseModel):
 
     def key(self, factor: Literal["u", "v"], parameter: str = "weight") -> str:
         """State-dict key of a factor: "layer.u.weight"."""
-        return ".".join(part for part in (self.name, factor, parameter) if part)
+        return f"{self.layer.factor_path(factor)}.{parameter}"
 
     @property
     def bias_key(self) -> str:
-        """State-dict key of the dense layer's bias, whether there is one or not."""
+        """State-dict key of the bias that moves to `v`, whether there is one or not."""
         return f"{self.name}.bias" if self.name else "bias"
 
 
@@ -110,6 +110,9 @@ class PlanOptions:
         floor: smallest rank allowed, as a share of full rank.
         rank_multiple: ranks are rounded up to a multiple of this, or down where up would not shrink the layer.
         layer_ranks: (pattern, rank) pairs that overrule the rule; the first match counts.
+        splits: (pattern, parts) pairs: the outputs of a linear, recurrent or packed attention weight are that many
+            matrices, each factorized on its own; 1 takes them together. The first match counts.
+        include_embeddings: whether embeddings, which stay dense unless named, are factorized like other layers.
     """
 
     rule: Rule
@@ -120,6 +123,8 @@ class PlanOptions:
     floor: float = 0.0
     rank_multiple: int = 1
     layer_ranks: tuple[tuple[str, int], ...] = ()
+    splits: tuple[tuple[str, int], ...] = ()
+    include_embeddings: bool = False
 
     def __post_init__(self) -> None:
         if self.keep_first is not None and self.keep_first < 0:
@@ -131,6 +136,9 @@ class PlanOptions:
         for pattern, rank in self.layer_ranks:
             if rank < 1:
                 raise UsageError(f"--layer-rank {pattern}={rank}: a rank is 1 or more")
+        for pattern, parts in self.splits:
+            if parts < 1:
+                raise UsageError(f"--split {pattern}={parts}: a number of parts is 1 or more")
 
 
 def decide(
@@ -175,6 +183,33 @@ def decide(
     return Plan(order=order, rule=str(options.rule), layers=tuple(decisions))
 
 
+def split(layers: Sequence[Layer], splits: Sequence[tuple[str, int]]) -> tuple[Layer, ...]:
+    """`layers`, with the number of matrices in each weight that the patterns of `splits` ask for.
+
+    Raises:
+        PatternError: a pattern matches no layer.
+        UsageError: the outputs of a layer that a pattern names do not divide so.
+    """
+    check_patterns([pattern for pattern, _ in splits], [layer.name for layer in layers], "--split")
+    return tuple(_split(layer, splits) for layer in layers)
+
+
+def _split(layer: Layer, splits: Sequence[tuple[str, int]]) -> Layer:
+    parts = next((parts for pattern, parts in splits if matches(pattern, layer.name)), None)
+    if parts is None or parts == layer.groups:
+        return layer
+    if not can_split(layer, parts):
+        raise UsageError(f"--split: {layer.name} ({layer.kind} {layer.shape}) cannot be split in {parts}")
+    return replace(layer, groups=parts)
+
+
+def can_split(layer: Layer, parts: int) -> bool:
+    """Whether the outputs of `layer` may be factorized as `parts` matrices, instead of as its own groups."""
+    if layer.kind in COMPOSITE_KINDS:
+        return parts == 1
+    return layer.kind in ("linear", "transposed_linear") and layer.layout.stacked(layer.shape) % parts == 0
+
+
 def reasons_to_stay_dense(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
     """By layer name, why a layer stays dense whatever its spectrum; layers not named here need one.
 
@@ -196,7 +231,8 @@ def _own_reason(layer: Layer, options: PlanOptions) -> str:
     """Why `layer` stays dense wherever it stands in the network; empty when nothing says so."""
     if excluded := first_match(options.exclude, layer.name):
         return f"excluded by '{excluded}'"
-    if layer.dense_reason and not (layer.guess and layer.name in options.include):
+    named = layer.name in options.include or (options.include_embeddings and layer.kind == "embedding")
+    if layer.dense_reason and not (layer.guess and named):
         return layer.dense_reason
     if options.include and not first_match(options.include, layer.name):
         return "not included"
@@ -205,10 +241,11 @@ def _own_reason(layer: Layer, options: PlanOptions) -> str:
 
 def _ends(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
     """By layer name, why the first and the last layers stay dense, but for those that are included by name."""
-    counted = [layer for layer in layers if layer.kind in WEIGHT_LAYERS]
+    counted = [layer for layer in layers if layer.kind in LAYOUTS and layer.kind != "embedding"]
     keep_first = 1 if options.keep_first is None else options.keep_first
     first = "first layer" if keep_first == 1 else f"first {keep_first} layers"
-    ends = dict.fromkeys((layer.name for layer in counted[:keep_first]), first)
+    leading = list(dict.fromkeys(layer.unit for layer in counted))[:keep_first]
+    ends = {layer.name: first for layer in counted if layer.unit in leading}
     if options.keep_last and counted and counted[-1].kind == "linear":
         ends.setdefault(counted[-1].name, "last classifier")
     named = {*options.include, *(pattern for pattern, _ in options.layer_ranks)}
@@ -267,7 +304,7 @@ def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if twice:
             raise PlanError(f"the plan has two entries with the {what} '{twice[0]}'")
     for layer in plan.low_rank:
-        if layer.weight != (f"{layer.name}.weight" if layer.name else "weight"):
+        if layer.weight not in (layer.name, f"{layer.name}.weight" if layer.name else "weight"):
             raise PlanError(
                 f"the plan's entry '{layer.name}' names the weight '{layer.weight}', which is another layer's"
             )
@@ -276,14 +313,14 @@ def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise PlanError(f"the plan factorizes {layer.name}, but the checkpoint has no '{layer.weight}'")
         if tuple(found) != layer.shape:
             raise PlanError(f"{layer.weight}: the plan says {layer.shape}, the checkpoint {tuple(found)}")
-        if layer.kind not in FAMILIES:
-            raise PlanError(f"{layer.name}: kind '{layer.kind}' cannot be factorized; known: {', '.join(FAMILIES)}")
-        dims = 2 if layer.kind == "linear" else 2 + int(layer.kind.removeprefix("conv")[0])
-        if len(layer.shape) != dims or (layer.kind == "linear" and layer.groups > 1):
+        layout = LAYOUTS.get(layer.kind)
+        if layout is None:
+            raise PlanError(f"{layer.name}: kind '{layer.kind}' cannot be factorized; known: {', '.join(LAYOUTS)}")
+        if len(layer.shape) != layout.dims or (layer.groups > 1 and not layout.grouped):
             raise PlanError(
                 f"{layer.name}: a weight of shape {layer.shape} in {layer.groups} group(s) is no {layer.kind}"
             )
-        if layer.shape[0] % layer.groups:
-            raise PlanError(f"{layer.name}: {layer.shape[0]} outputs do not divide into {layer.groups} groups")
+        if layout.stacked(layer.shape) % layer.groups:
+            raise PlanError(f"{layer.name}: {layer.shape} does not divide into {layer.groups} groups")
         if layer.rank is None or layer.rank > layer.layer.full_rank:
             raise PlanError(f"{layer.name}: rank {layer.rank} is not from 1 to full rank {layer.layer.full_rank}")

@@ -4,15 +4,16 @@ To factorize a module is to reshape it and load what `factorization` made of its
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from lrconvert import factorization, rewrite
 from lrconvert.errors import PlanError
-from lrconvert.layers import FAMILIES, LowRank
+from lrconvert.layers import Factored, family_of, low_rank_modules
 from lrconvert.layers.survey import layers_of_module
-from lrconvert.plan import LayerPlan, Plan
+from lrconvert.plan import LayerPlan, Plan, can_split
 from lrconvert.tensors import refs_of
 
 
@@ -23,12 +24,13 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         layer = known.get(decision.name)
         if layer is None:
             raise PlanError(f"the plan factorizes {decision.name}, which the model does not have")
-        if layer.dense_reason:
+        if layer.dense_reason and not layer.guess:
             raise PlanError(
                 f"{decision.name} cannot be low rank in this model ({layer.dense_reason}); "
                 f"factorize again with --model, or with --exclude '{decision.name}'"
             )
-        if (layer.kind, layer.shape, layer.groups) != (decision.kind, decision.shape, decision.groups):
+        same_groups = layer.groups == decision.groups or can_split(layer, decision.groups)
+        if (layer.kind, layer.shape) != (decision.kind, decision.shape) or not same_groups:
             raise PlanError(
                 f"{decision.name}: the plan says {decision.kind} {decision.shape} in {decision.groups} group(s), "
                 f"the model has {layer.kind} {layer.shape} in {layer.groups}; factorize again with --model"
@@ -45,13 +47,23 @@ def reshape(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: the plan does not fit the model.
     """
     check_fits(model, plan)
+    wanted: dict[str, dict[str, Factored]] = {}
     for decision in plan.low_rank:
-        dense = model.get_submodule(decision.name)
         assert decision.rank is not None
-        low_rank = FAMILIES[decision.kind].low_rank.like(dense, decision.rank)
+        factored = Factored(decision.kind, decision.shape, decision.rank, decision.groups)
+        wanted.setdefault(decision.layer.owner, {})[decision.layer.parameter] = factored
+    for owner, weights in wanted.items():
+        dense = model.get_submodule(owner)
+        family = family_of(dense)
+        assert family is not None
+        low_rank = family.low_rank(dense, weights)
         low_rank.train(dense.training)
-        low_rank.requires_grad_(dense.weight.requires_grad)  # type: ignore[arg-type]
-        model = _replace(model, decision.name, low_rank)
+        low_rank.requires_grad_(any(parameter.requires_grad for parameter in dense.parameters()))
+        model = _replace(model, owner, low_rank)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(low_rank_modules(module)):
+            # It would hand nested tensors to its layers, for the fused path that only dense layers have.
+            module.use_nested_tensor = False
     return model
 
 
@@ -77,33 +89,24 @@ def factorize_module(
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan that `model`'s `LowRank` modules follow, read back from the modules themselves."""
-    return Plan(
-        layers=tuple(
-            LayerPlan(
-                name=name,
-                weight=f"{name}.weight" if name else "weight",
-                kind=module.kind,
-                shape=module.dense_shape,
-                groups=module.groups,
-                rank=module.rank,
-            )
-            for name, module in model.named_modules()
-            if isinstance(module, LowRank)
-        )
-    )
+    layers = []
+    for path, module in low_rank_modules(model):
+        for parameter, factored in module.factored.items():
+            weight = f"{path}.{parameter}" if path else parameter
+            name = "" if weight == "weight" else weight.removesuffix(".weight")
+            layers.append(LayerPlan(name=name, weight=weight, **asdict(factored)))
+    return Plan(layers=tuple(layers))
 
 
 def merge_module(model: nn.Module) -> nn.Module:
     """Replace every `LowRank` inside `model` by the dense layer it stands for, multiplied out; returns the model."""
     plan = plan_of(model)
     tensors = dict(rewrite.run(factorization.merging(refs_of(model.state_dict()), plan)))
-    for layer in plan.low_rank:
-        low_rank = model.get_submodule(layer.name)
-        assert isinstance(low_rank, LowRank)
+    for path, low_rank in list(low_rank_modules(model)):
         dense = low_rank.dense()
         dense.train(low_rank.training)
         dense.requires_grad_(all(parameter.requires_grad for parameter in low_rank.parameters()))
-        model = _replace(model, layer.name, dense)
+        model = _replace(model, path, dense)
     model.load_state_dict(tensors, strict=True)
     return model
 

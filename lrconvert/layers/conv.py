@@ -1,106 +1,69 @@
-"""nn.Conv1d, Conv2d, Conv3d: `u` has the kernel, stride, padding and dilation, `v` is a convolution of kernel 1.
+"""Convolutions, plain and transposed, of one to three dimensions, with groups.
 
-With groups, each group is factorized on its own: `u` and `v` are grouped as the dense layer was. Stride belongs on
-`u`: on `v`, the larger factor would run at the full resolution for nothing (Pufferfish, section 2.3, and the
-authors' code, which puts the downsample stride on `v`).
+Plain: `u` has the kernel, stride, padding and dilation, `v` is a convolution of kernel 1. Stride belongs on `u`: on
+`v`, the larger factor would run at the full resolution for nothing (Pufferfish, section 2.3, and the authors' code,
+which puts the downsample stride on `v`). Transposed: `u` is a convolution of kernel 1 at the small resolution of the
+input, `v` a transposed convolution with the rest. Each group is factorized on its own: both factors are grouped.
 """
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import skip_init
 
-from lrconvert.layers.lowrank import LowRank
+from lrconvert.layers.lowrank import Factored, LowRankLayer, where
 
 CONV_TYPES: dict[str, type[_ConvNd]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+TRANSPOSED_TYPES: dict[str, type[_ConvTransposeNd]] = {
+    "conv_transpose1d": nn.ConvTranspose1d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+    "conv_transpose3d": nn.ConvTranspose3d,
+}
 
 
-class LowRankConv(LowRank):
+class LowRankConv(LowRankLayer):
     """Takes the place of a convolution; (batch, in_channels, *size) to (batch, out_channels, *size)."""
 
     shown = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups", "rank")
 
-    @classmethod
-    def like(cls, dense: nn.Module, rank: int) -> Self:
-        """Uninitialised factors of the convolution `dense`, `rank` channels per group between them."""
+    def __init__(self, dense: nn.Module, wanted: Mapping[str, Factored]) -> None:
+        super().__init__(dense, wanted)
         assert isinstance(dense, _ConvNd)
+        width, shared = _between(dense, wanted["weight"])
+        conv = CONV_TYPES[wanted["weight"].kind]
+        self.u = skip_init(conv, dense.in_channels, width, bias=False, **_settings(dense), **shared)
+        self.v = skip_init(conv, width, dense.out_channels, kernel_size=1, bias=dense.bias is not None, **shared)
+
+
+class LowRankConvTranspose(LowRankLayer):
+    """Takes the place of a transposed convolution."""
+
+    shown = LowRankConv.shown
+
+    def __init__(self, dense: nn.Module, wanted: Mapping[str, Factored]) -> None:
+        super().__init__(dense, wanted)
+        assert isinstance(dense, _ConvTransposeNd)
+        width, shared = _between(dense, wanted["weight"])
+        transposed = TRANSPOSED_TYPES[wanted["weight"].kind]
+        bias, settings = dense.bias is not None, {**_settings(dense), "output_padding": dense.output_padding}
         conv = CONV_TYPES[f"conv{len(dense.kernel_size)}d"]
-        shared: dict[str, Any] = {
-            "groups": dense.groups,
-            "device": dense.weight.device,
-            "dtype": dense.weight.dtype,
-        }
-        u = skip_init(
-            conv,
-            dense.in_channels,
-            dense.groups * rank,
-            kernel_size=dense.kernel_size,
-            stride=dense.stride,
-            padding=dense.padding,
-            dilation=dense.dilation,
-            padding_mode=dense.padding_mode,
-            bias=False,
-            **shared,
-        )
-        v = skip_init(
-            conv, dense.groups * rank, dense.out_channels, kernel_size=1, bias=dense.bias is not None, **shared
-        )
-        return cls(u, v, tuple(dense.weight.shape))
+        self.u = skip_init(conv, dense.in_channels, width, kernel_size=1, bias=False, **shared)
+        self.v = skip_init(transposed, width, dense.out_channels, bias=bias, **settings, **shared)
 
-    def dense(self) -> _ConvNd:
-        """An uninitialised convolution with the same settings."""
-        carried = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-        settings = {name: getattr(self.u, name) for name in carried}
-        where = {"device": self.u.weight.device, "dtype": self.u.weight.dtype}
-        conv = skip_init(
-            CONV_TYPES[self.kind], self.in_channels, self.out_channels, bias=self.bias is not None, **settings, **where
-        )
-        assert isinstance(conv, _ConvNd)
-        return conv
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """What the dense layer would return for `x`, up to the truncation; `output_size` as for the dense layer."""
+        out: Tensor = self.v(self.u(x), output_size)
+        return out
 
-    @property
-    def kind(self) -> str:
-        """ "conv1d", "conv2d" or "conv3d"."""
-        return f"conv{len(self.kernel_size)}d"
 
-    @property
-    def in_channels(self) -> int:
-        """Input channels, as nn.Conv2d names them."""
-        return self.dense_shape[1] * self.groups
+def _between(dense: _ConvNd, factored: Factored) -> tuple[int, dict[str, Any]]:
+    """Channels between the factors, and what both factors share with the dense convolution."""
+    return factored.groups * factored.rank, {"groups": dense.groups, **where(dense.weight)}
 
-    @property
-    def out_channels(self) -> int:
-        """Output channels, as nn.Conv2d names them."""
-        return self.dense_shape[0]
 
-    @property
-    def groups(self) -> int:
-        """Convolution groups, the same in both factors."""
-        return int(self.u.groups)  # type: ignore[arg-type]
-
-    @property
-    def rank(self) -> int:
-        """Channels between the factors, per group."""
-        return int(self.u.out_channels) // self.groups  # type: ignore[arg-type]
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        """Kernel of the dense convolution, carried by `u`."""
-        return tuple(self.u.kernel_size)  # type: ignore[arg-type]
-
-    @property
-    def stride(self) -> tuple[int, ...]:
-        """Stride of the dense convolution, carried by `u`."""
-        return tuple(self.u.stride)  # type: ignore[arg-type]
-
-    @property
-    def padding(self) -> str | tuple[int, ...]:
-        """Padding of the dense convolution, carried by `u`."""
-        padding = self.u.padding
-        return padding if isinstance(padding, str) else tuple(padding)  # type: ignore[arg-type]
-
-    @property
-    def dilation(self) -> tuple[int, ...]:
-        """Dilation of the dense convolution, carried by `u`."""
-        return tuple(self.u.dilation)  # type: ignore[arg-type]
+def _settings(dense: _ConvNd) -> dict[str, Any]:
+    """What the factor with the kernel takes over."""
+    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    return {name: getattr(dense, name) for name in names}

@@ -1,10 +1,16 @@
 """The record of one weight that could be factorized: plain data, no tensors."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from lrconvert.layers.layout import LAYOUTS, OTHER, Layout
+
 Evidence = Literal["module", "shape"]
+
+# Kinds whose module owns several weights and is replaced as a whole.
+COMPOSITE_KINDS = frozenset({"lstm", "gru", "rnn", "attention"})
 
 
 @dataclass(frozen=True)
@@ -12,14 +18,16 @@ class Layer:
     """One weight of a network and what is known about the layer that owns it.
 
     Attributes:
-        name: path of the layer in the model ("layer4.0.conv1"); empty for a model that is itself one layer.
+        name: path of the layer in the model ("layer4.0.conv1"), or, for one of several weights of a module, the key of
+            the weight ("lstm.weight_ih_l0"); empty for a model that is itself one layer.
         weight: key of the weight in the state dict ("layer4.0.conv1.weight").
-        kind: a factorizable kind ("linear", "conv2d") or, for any other weight, a word for what it is ("embedding").
-        shape: shape of the weight, out first: (out, in/groups, *kernel).
-        groups: convolution groups; each group is factorized on its own.
+        kind: a factorizable kind ("linear", "conv2d") or, for any other weight, a word for what it is ("norm").
+        shape: shape of the weight as it is stored.
+        groups: matrices in the weight, each factorized on its own at one common rank: the groups of a convolution, the
+            gates of a recurrent layer, or the queries, keys and values of a packed projection.
         dense_reason: why the layer stays dense at any rank; empty when it can be factorized.
         evidence: "module" when a model settled the kind, "shape" when it was read from names and shapes alone.
-        guess: True when `dense_reason` comes from a guess that naming the layer overrules.
+        guess: True when `dense_reason` is a default or a guess that naming the layer overrules.
     """
 
     name: str
@@ -32,9 +40,30 @@ class Layer:
     guess: bool = False
 
     @property
+    def layout(self) -> Layout:
+        """How the weight is stored."""
+        return LAYOUTS.get(self.kind, OTHER)
+
+    @property
+    def owner(self) -> str:
+        """Path of the module that owns the weight: what a plan replaces."""
+        return self.name.rpartition(".")[0] if self.kind in COMPOSITE_KINDS else self.name
+
+    @property
+    def unit(self) -> str:
+        """What counts as one layer in a network's depth: all weights of one recurrent layer, or of one attention."""
+        recurrent = re.search(r"_l\d+(_reverse)?$", self.name) if self.kind in COMPOSITE_KINDS else None
+        return f"{self.owner}{recurrent[0].removesuffix('_reverse')}" if recurrent else self.owner
+
+    @property
+    def parameter(self) -> str:
+        """Path of the weight from its owner: "weight", "weight_ih_l0", "out_proj.weight"."""
+        return self.weight.removeprefix(f"{self.owner}.") if self.owner else self.weight
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the matrix view of one group: (out/groups, in/groups · kernel elements)."""
-        return self.shape[0] // self.groups, math.prod(self.shape[1:])
+        """(rows, columns) of the matrix view of one group; (out/groups, in/groups · kernel elements) for most kinds."""
+        return self.layout.matrix_shape(self.shape, self.groups)
 
     @property
     def full_rank(self) -> int:
@@ -55,3 +84,15 @@ class Layer:
     def num_low_rank_params(self, rank: int) -> int:
         """Elements of the two factors at `rank` per group, without bias."""
         return self.groups * rank * sum(self.matrix_shape)
+
+    def factor_path(self, factor: Literal["u", "v"]) -> str:
+        """Path of the module that holds a factor: "layer4.0.conv1.u", "lstm.ih_l0.v", "attention.in_proj.u"."""
+        path, _, last = self.name.rpartition(".")
+        if self.name == self.weight:
+            last = factor_name(last)
+        return ".".join(part for part in (path, last, factor) if part)
+
+
+def factor_name(parameter: str) -> str:
+    """Name of the module that holds the factors of one of several weights: "in_proj" for "in_proj_weight"."""
+    return parameter.removeprefix("weight_").removesuffix("_weight")

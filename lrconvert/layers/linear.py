@@ -1,48 +1,100 @@
-"""nn.Linear: `u` is rank×in, `v` is out×rank with the bias."""
+"""Linear layers: `u` is rank×in, `v` is out×rank with the bias.
 
-from typing import Self
+A layer whose outputs are several matrices stacked (queries, keys and values; the gates of a recurrent layer) may have
+each of them factorized on its own: then `u` holds their first factors stacked, and `v` is a `BlockLinear`.
+"""
 
-from torch import nn
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from lrconvert.layers.lowrank import LowRank
+from lrconvert.layers.layout import LAYOUTS
+from lrconvert.layers.lowrank import Factored, LowRankLayer, where
 
 
-class LowRankLinear(LowRank):
-    """Takes the place of an nn.Linear; (…, in_features) to (…, out_features)."""
+class BlockLinear(nn.Module):
+    """`groups` linear layers side by side, each with its own share of the input and of the output.
+
+    (…, groups·in) to (…, groups·out); weight (groups·out, in), bias (groups·out).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        groups: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // groups, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As nn.Linear initialises each block."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Every block applied to its share of `x`."""
+        rows = x.reshape(-1, self.groups, self.weight.shape[1]).transpose(0, 1)
+        blocks = self.weight.reshape(self.groups, -1, self.weight.shape[1])
+        out = torch.bmm(rows, blocks.mT).transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        """Sizes and blocks."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, groups={self.groups}"
+
+
+class LowRankLinear(LowRankLayer):
+    """Takes the place of an nn.Linear, or of one that stores its weight (in, out); (…, in) to (…, out)."""
 
     shown = ("in_features", "out_features", "rank")
 
-    @classmethod
-    def like(cls, dense: nn.Module, rank: int) -> Self:
-        """Uninitialised factors of the nn.Linear `dense`."""
-        assert isinstance(dense, nn.Linear)
-        where = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-        u = skip_init(nn.Linear, dense.in_features, rank, bias=False, **where)
-        v = skip_init(nn.Linear, rank, dense.out_features, bias=dense.bias is not None, **where)
-        return cls(u, v, tuple(dense.weight.shape))
-
-    def dense(self) -> nn.Linear:
-        """An uninitialised nn.Linear of the same shape."""
-        where = {"device": self.u.weight.device, "dtype": self.u.weight.dtype}
-        return skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **where)
-
-    @property
-    def kind(self) -> str:
-        """Always "linear"."""
-        return "linear"
+    def __init__(self, dense: nn.Module, wanted: Mapping[str, Factored]) -> None:
+        super().__init__(dense, wanted)
+        bias, weight = dense.bias, dense.weight
+        assert isinstance(weight, Tensor)
+        factors = LinearFactors(wanted["weight"], bias is not None, where(weight))
+        self.u, self.v = factors.u, factors.v
 
     @property
     def in_features(self) -> int:
         """Input features, as nn.Linear names them."""
-        return self.dense_shape[1]
+        return int(self.u.in_features)  # type: ignore[arg-type]
 
     @property
     def out_features(self) -> int:
         """Output features, as nn.Linear names them."""
-        return self.dense_shape[0]
+        return int(self.v.out_features)  # type: ignore[arg-type]
 
-    @property
-    def rank(self) -> int:
-        """Width between the factors."""
-        return int(self.u.out_features)  # type: ignore[arg-type]
+
+class LinearFactors(nn.Module):
+    """The factors `u` and `v` of a linear weight, uninitialised."""
+
+    def __init__(self, factored: Factored, bias: bool, where: Mapping[str, Any]) -> None:
+        super().__init__()
+        layout = LAYOUTS[factored.kind]
+        (width, into), (out, _) = layout.factor_shapes(factored.shape, factored.groups, factored.rank)
+        self.u = skip_init(nn.Linear, into, width, bias=False, **where)
+        if factored.groups == 1:
+            self.v = skip_init(nn.Linear, width, out, bias=bias, **where)
+        else:
+            self.v = skip_init(BlockLinear, width, out, factored.groups, bias=bias, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`v(u(x))`."""
+        out: Tensor = self.v(self.u(x))
+        return out

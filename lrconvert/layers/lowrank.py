@@ -1,13 +1,16 @@
-"""The module that takes a dense layer's place: two ordinary layers, applied one after the other."""
+"""The module that takes a dense module's place; for most: two ordinary layers, applied one after the other."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lrconvert.errors import ModelError
+from lrconvert.layers.layer import factor_name
 
 
 class ShapeOnly(Tensor):
@@ -34,6 +37,9 @@ _PRODUCTS = {
     functional.conv1d,
     functional.conv2d,
     functional.conv3d,
+    functional.conv_transpose1d,
+    functional.conv_transpose2d,
+    functional.conv_transpose3d,
     functional.embedding,
     functional.multi_head_attention_forward,
     torch.matmul,
@@ -48,66 +54,83 @@ _PRODUCTS = {
 }
 
 
-class LowRank(nn.Module):
-    """`v(u(x))`: the factor `u` is applied first, `v` second; `v` carries the bias of the dense layer.
-
-    The children are plain `nn.Linear` or `nn.Conv*d`, so state-dict keys read `layer.u.weight`, `layer.v.weight`
-    and `layer.v.bias`, and DDP, torch.compile and exporters see nothing unusual.
+@dataclass(frozen=True)
+class Factored:
+    """How one weight of a module is factorized.
 
     Attributes:
-        dense_shape: shape of the weight that `u` and `v` replace, out first.
+        kind: a key of `lrconvert.layers.LAYOUTS`.
+        shape: shape of the dense weight as it was stored.
+        rank: singular values kept per group.
+        groups: matrices in the weight.
     """
 
-    shown: ClassVar[tuple[str, ...]] = ()
+    kind: str
+    shape: tuple[int, ...]
+    rank: int
+    groups: int = 1
 
-    def __init__(self, u: nn.Module, v: nn.Module, dense_shape: tuple[int, ...]) -> None:
+
+class LowRank(nn.Module):
+    """A module in the place of a dense one, some or all of whose weights are factorized.
+
+    What it does not have itself it answers as the dense module would: `in_features`, `stride`, `batch_first`, and, as
+    tensors without data, the weights that were factorized (see `shape_only`).
+
+    Args:
+        dense: the module whose place it takes; only its structure is kept.
+        wanted: by path from the module ("weight", "weight_ih_l0", "out_proj.weight"), the weights to factorize.
+
+    Attributes:
+        factored: `wanted`.
+    """
+
+    def __init__(self, dense: nn.Module, wanted: Mapping[str, Factored]) -> None:
         super().__init__()
-        self.u = u
-        self.v = v
-        self.dense_shape = dense_shape
-
-    @classmethod
-    def like(cls, dense: nn.Module, rank: int) -> Self:
-        """Uninitialised factors of `dense` at `rank` per group, on its device and in its dtype."""
-        raise TypeError(f"{cls.__name__} does not say how to take the place of {type(dense).__name__}")
+        self.factored = dict(wanted)
+        # In a tuple, so that it is not registered: its parameters are not this module's.
+        self._skeleton = (_without_data(dense),)
 
     def dense(self) -> nn.Module:
-        """The uninitialised dense layer whose place this module took, on its device and in its dtype."""
-        raise TypeError(f"{type(self).__name__} does not say which layer it took the place of")
+        """The uninitialised dense module whose place this one took, on its device and in its dtype."""
+        own = next(self.parameters())
+        dense = copy.deepcopy(self._skeleton[0]).to(own.dtype).to_empty(device=own.device)
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(dense, name, buffer)
+        return dense
 
-    @property
-    def kind(self) -> str:
-        """The key of `lrconvert.layers.FAMILIES` that this module belongs to."""
-        raise TypeError(f"{type(self).__name__} does not say its kind")
+    def __getattr__(self, name: str) -> Any:
+        """What the dense module would answer, for data only: a method would run on a module without weights."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            skeleton = self.__dict__.get("_skeleton")
+            found = getattr(skeleton[0], name, None) if skeleton and not name.startswith("__") else None
+            if found is None or callable(found) or (isinstance(found, Tensor) and name not in self.factored):
+                raise
+        return shape_only(tuple(found.shape), next(self.parameters()).dtype) if isinstance(found, Tensor) else found
+
+
+class LowRankLayer(LowRank):
+    """`v(u(x))` in the place of a layer with one weight: `u` is applied first, `v` second, and carries the bias.
+
+    The children are plain layers of torch.nn, so state-dict keys read `layer.u.weight`, `layer.v.weight` and
+    `layer.v.bias`, and DDP, torch.compile and exporters see nothing unusual.
+    """
+
+    u: nn.Module
+    v: nn.Module
+    shown: ClassVar[tuple[str, ...]] = ()
 
     @property
     def rank(self) -> int:
         """Width between the factors, per group."""
-        raise TypeError(f"{type(self).__name__} does not say its rank")
-
-    @property
-    def groups(self) -> int:
-        """Groups that are factorized each on their own."""
-        return 1
+        return self.factored["weight"].rank
 
     def forward(self, x: Tensor) -> Tensor:
         """What the dense layer would return for `x`, up to the truncation."""
         out: Tensor = self.v(self.u(x))
         return out
-
-    @property
-    def weight(self) -> Tensor:
-        """A meta tensor with the dense weight's shape and dtype: never data.
-
-        Other code reads `layer.weight` for its shape or dtype (transformers' weight initialisation,
-        nn.TransformerEncoderLayer). Being on the meta device, it also keeps torch's fused encoder path from
-        running, which would multiply the factors out on every call.
-        """
-        u = self.u.weight
-        assert isinstance(u, Tensor)
-        shape = torch.empty(self.dense_shape, dtype=u.dtype, device="meta")
-        # Graph capture has no use for a subclass, and checks devices itself.
-        return shape if torch.compiler.is_compiling() or type(shape) is not Tensor else shape.as_subclass(ShapeOnly)
 
     @property
     def bias(self) -> Tensor | None:
@@ -119,3 +142,64 @@ class LowRank(nn.Module):
     def extra_repr(self) -> str:
         """The dense layer's own description, so that a printed model stays readable."""
         return ", ".join(f"{name}={getattr(self, name)}" for name in self.shown)
+
+
+class LowRankComposite(LowRank):
+    """In the place of a module with several weights: each is a parameter, as it was, or a factorized linear layer.
+
+    The factors of "weight_ih_l0" are the child `ih_l0`, those of "in_proj_weight" are `in_proj`.
+    """
+
+    def product(self, parameter: str) -> Tensor:
+        """The weight `parameter`, multiplied out if it is factorized: (groups·rows, columns)."""
+        factored = self.factored.get(parameter)
+        if factored is None:
+            weight: Tensor = getattr(self, parameter)
+            return weight
+        factors = getattr(self, factor_name(parameter))
+        if factored.groups == 1:
+            return torch.mm(factors.v.weight, factors.u.weight)
+        left, right = (factor.weight.unflatten(0, (factored.groups, -1)) for factor in (factors.v, factors.u))
+        return torch.bmm(left, right).flatten(0, 1)
+
+
+def where(tensor: Tensor) -> dict[str, Any]:
+    """Device and dtype of `tensor`, as keyword arguments of a layer."""
+    return {"device": tensor.device, "dtype": tensor.dtype}
+
+
+def shape_only(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor on the meta device in the place of a weight that was factorized.
+
+    Other code reads `layer.weight` for its shape or dtype (transformers' weight initialisation,
+    nn.TransformerEncoderLayer). Being on the meta device, it also keeps torch's fused encoder path from running, which
+    would multiply the factors out on every call.
+    """
+    weight = torch.empty(shape, dtype=dtype, device="meta")
+    # Graph capture has no use for a subclass, and checks devices itself.
+    return weight if torch.compiler.is_compiling() or type(weight) is not Tensor else weight.as_subclass(ShapeOnly)
+
+
+def _without_data(module: nn.Module) -> nn.Module:
+    """A copy of `module` on the meta device, made without copying its data first."""
+    tensors = [*module.parameters(), *module.buffers()]
+    empty = {
+        id(tensor): nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else torch.empty_like(tensor, device="meta")
+        for tensor in tensors
+    }
+    return copy.deepcopy(module, memo=dict(empty))
+
+
+def low_rank_modules(model: nn.Module) -> Iterator[tuple[str, LowRank]]:
+    """(path, module) of every replacement in `model`, but not of the parts of one."""
+    for name, module in model.named_modules():
+        if isinstance(module, LowRank):
+            outer = name
+            while outer:
+                outer = outer.rpartition(".")[0]
+                if isinstance(model.get_submodule(outer), LowRank):
+                    break
+            else:
+                yield name, module

@@ -5,21 +5,22 @@ import re
 from collections.abc import Iterator, Mapping
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from lrconvert.layers import FAMILIES, Layer, family_of
+from lrconvert.layers import LAYOUTS, Family, Layer, family_of
+from lrconvert.layers.attention import SEPARATE
 
 # Parents that use a child's weight without calling the child, so that replacing the child would change nothing or
 # break: the class name of the parent, and the children concerned.
 READ_BY_PARENT = {
-    "MultiheadAttention": ("out_proj",),
     "ShiftedWindowAttention": ("qkv", "proj"),
     "ShiftedWindowAttentionV2": ("qkv", "proj"),
 }
-NOT_SUPPORTED = "not supported yet"
 
-_RECURRENT = re.compile(r"weight_(ih|hh|hr)_l\d+(_reverse)?$")
+_RECURRENT = re.compile(r"(?:^|\.)(weight_(ih|hh|hr)_l\d+(_reverse)?)$")
 _EMBEDDING_NAME = re.compile(r"emb|wte$|wpe$|lookup|^shared$|attention_bias$|codebook", re.IGNORECASE)
+_EMBEDDING_REASON = "embedding: a table, factorized only with --include-embeddings or when named"
 
 
 def layers_of_module(model: nn.Module) -> tuple[Layer, ...]:
@@ -30,18 +31,25 @@ def layers_of_module(model: nn.Module) -> tuple[Layer, ...]:
     """
     parents = dict(model.named_modules(remove_duplicate=False))
     names_of = _names_of_parameters(model)
-    layers = []
+    layers: list[Layer] = []
     listed: set[int] = set()
     for name, module in parents.items():
-        for key, parameter in module.named_parameters(prefix=name, recurse=False):
+        parameters = dict(module.named_parameters(prefix=name, recurse=False))
+        family = family_of(module)
+        for path in family.weights(module) if family else ():
+            # A composite owns weights of its children too.
+            key = f"{name}.{path}" if name else path
+            parameters[key] = model.get_parameter(key)
+        for key, parameter in parameters.items():
             if parameter.dim() < 2 or not parameter.numel() or id(parameter) in listed:
                 continue
             listed.add(id(parameter))
-            kind, groups, reason = _judge(module, key.removeprefix(f"{name}."), parents.get(name.rpartition(".")[0]))
+            path = key.removeprefix(f"{name}.") if name else key
+            kind, groups, reason, guess = _judge(module, path, parents.get(name.rpartition(".")[0]))
             tied = [other for other in names_of[id(parameter)] if other != key]
-            if tied and not reason:
-                reason = f"shared with {_layer_name(tied[0])}"
-            layers.append(Layer(_layer_name(key), key, kind, tuple(parameter.shape), groups, reason))
+            if tied and (guess or not reason):
+                reason, guess = f"shared with {_layer_name(tied[0])}", False
+            layers.append(Layer(_layer_name(key), key, kind, tuple(parameter.shape), groups, reason, guess=guess))
     return tuple(layers)
 
 
@@ -58,49 +66,48 @@ def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _judge(module: nn.Module, parameter: str, parent: nn.Module | None) -> tuple[str, int, str]:
-    """(kind, groups, reason to stay dense) of one parameter of `module`, whose own parent is `parent`."""
+def _judge(module: nn.Module, path: str, parent: nn.Module | None) -> tuple[str, int, str, bool]:
+    """(kind, groups, reason to stay dense, whether naming the layer overrules it) of one parameter of `module`."""
     if isinstance(module, parametrize.ParametrizationList):
-        return "parametrized", 1, "parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
-    if parameter in ("weight_v", "weight_g"):
-        return "parametrized", 1, "weight-normed: call torch.nn.utils.remove_weight_norm first"
+        return "parametrized", 1, "parametrized: call torch.nn.utils.parametrize.remove_parametrizations first", False
+    if path in ("weight_v", "weight_g"):
+        return "parametrized", 1, "weight-normed: call torch.nn.utils.remove_weight_norm first", False
     family = family_of(module)
-    if family is None or parameter != "weight":
-        word = _word_for(module)
-        return word, 1, f"{word}: {NOT_SUPPORTED}" if word in _LATER else f"{word}: not a linear or convolution weight"
-    groups = int(getattr(module, "groups", 1))
-    if not _computes_like(module, family.dense):
-        return family.kind, groups, f"{type(module).__name__} changes what {family.dense.__name__} computes"
-    if parent is not None:
-        child = next((child for child, value in parent._modules.items() if value is module), "")
-        if any(child in READ_BY_PARENT.get(base.__name__, ()) for base in type(parent).__mro__):
-            return family.kind, groups, f"{type(parent).__name__} reads this weight without calling the layer"
+    groups = family.weights(module).get(path) if family else None
+    if family is None or groups is None:
+        word = "embedding_bag" if isinstance(module, nn.EmbeddingBag) else "parameter"
+        return word, 1, f"{word.replace('_', ' ')}: not the weight of a layer that can be factorized", False
+    reason = _reason(module, family, parent)
+    if family.kind == "embedding" and not reason:
+        return family.kind, groups, _EMBEDDING_REASON, True
+    return family.kind, groups, reason, False
+
+
+def _reason(module: nn.Module, family: Family, parent: nn.Module | None) -> str:
+    """Why a module of `family`, whose own parent is `parent`, cannot be replaced; empty when it can."""
+    if not _computes_like(module, family):
+        return f"{type(module).__name__} changes what {family.dense.__name__} computes"
+    child = next((child for child, value in parent._modules.items() if value is module), "") if parent else ""
+    if any(child in READ_BY_PARENT.get(base.__name__, ()) for base in type(parent).__mro__):
+        return f"{type(parent).__name__} reads this weight without calling the layer"
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return family.kind, groups, "has hooks or a forward of its own, which would be lost"
-    if groups > 1 and module.weight.shape[1] == 1:  # type: ignore[index]
-        return family.kind, groups, "depthwise: one input channel a group, nothing to factorize"
-    return family.kind, groups, ""
+        return "has hooks or a forward of its own, which would be lost"
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm rescales the entries of the table"
+    if isinstance(module, _ConvNd) and module.groups == module.in_channels > 1:
+        return "depthwise: one input channel a group, nothing to factorize"
+    return ""
 
 
-_LATER = {"recurrent", "attention", "conv_transpose", "embedding"}
-
-
-def _word_for(module: nn.Module) -> str:
-    """A word for the kind of weight that `module` owns, when no family claims it."""
-    words: tuple[tuple[str, type[nn.Module] | tuple[type[nn.Module], ...]], ...] = (
-        ("recurrent", (nn.RNNBase, nn.RNNCellBase)),
-        ("attention", nn.MultiheadAttention),
-        ("embedding", (nn.Embedding, nn.EmbeddingBag)),
-        ("conv_transpose", nn.modules.conv._ConvTransposeNd),
-    )
-    return next((word for word, types in words if isinstance(module, types)), "parameter")
-
-
-def _computes_like(module: nn.Module, dense: type[nn.Module]) -> bool:
-    """Whether a (subclass of a) dense class still multiplies its input by its plain weight."""
-    own = (getattr(type(module), name, None) for name in ("forward", "_conv_forward"))
-    base = (getattr(dense, name, None) for name in ("forward", "_conv_forward"))
-    return all(a is b for a, b in zip(own, base, strict=True)) and "weight" in module._parameters
+def _computes_like(module: nn.Module, family: Family) -> bool:
+    """Whether a (subclass of a) dense class still computes as that class does, with its plain weights."""
+    if any(
+        getattr(type(module), name, None) is not getattr(family.dense, name, None)
+        for name in ("forward", "_conv_forward")
+    ):
+        return False
+    parameters = dict(module.named_parameters())
+    return all(path in parameters for path in family.weights(module))
 
 
 def layers_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layer, ...]:
@@ -116,45 +123,85 @@ def layers_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layer, ...
 
 def _guesses(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
     previous_out = 0
+    in_first = any(_is_stored_in_first(key, shape, shapes) for key, shape in shapes.items())
     for key, shape in shapes.items():
         if len(shape) < 2 or not math.prod(shape):
             continue
-        name = _layer_name(key)
-        kind, reason, is_guess = _guess(key, shape, shapes, previous_out)
-        if kind.startswith("conv") and kind in FAMILIES:
+        composite = _composite(key, shape, shapes)
+        if composite:
+            yield Layer(_layer_name(key), key, *composite, evidence="shape")
+            continue
+        kind, groups, reason, is_guess = _guess(key, shape, shapes, previous_out)
+        if in_first and kind == "linear" and _layer_name(key).rpartition(".")[2].startswith("c_"):
+            kind = "transposed_linear"  # a square one among GPT-2's c_attn, c_fc and c_proj
+        if kind.startswith("conv") and kind in LAYOUTS:
             previous_out = shape[0]
-        yield Layer(name, key, kind, shape, dense_reason=reason, evidence="shape", guess=is_guess)
+        yield Layer(_layer_name(key), key, kind, shape, groups, reason, evidence="shape", guess=is_guess)
+
+
+def _composite(
+    key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, tuple[int, ...], int] | None:
+    """(kind, shape, groups) of a weight that torch's recurrent or attention modules own, known by its key; or None."""
+    recurrent = _RECURRENT.search(key)
+    if recurrent:
+        start, part = key[: recurrent.start(1)], recurrent[2]
+        hidden = shapes.get(f"{start}{recurrent[1].replace(f'_{part}_', '_hh_', 1)}", (0, 1))
+        projected = f"{start}{recurrent[1].replace(f'_{part}_', '_hr_', 1)}" in shapes
+        gates = 4 if projected else hidden[0] // hidden[1]
+        if gates not in _RECURRENT_KINDS or (part != "hr" and shape[0] % gates):
+            return None
+        return _RECURRENT_KINDS[gates], shape, 1 if part == "hr" else gates
+    start = key.removesuffix("in_proj_weight")
+    if start != key and f"{start}out_proj.weight" in shapes and shape[0] == 3 * shape[1]:
+        return "attention", shape, 3
+    start, _, last = key.rpartition(".")
+    dot = f"{start}." if start else ""
+    if last in SEPARATE and f"{dot}out_proj.weight" in shapes:
+        return "attention", shape, 1
+    if key.endswith("out_proj.weight"):
+        start = key.removesuffix("out_proj.weight")
+        if any(f"{start}{name}" in shapes for name in ("in_proj_weight", *SEPARATE)):
+            return "attention", shape, 1
+    return None
+
+
+_RECURRENT_KINDS = {4: "lstm", 3: "gru", 1: "rnn"}
+
+
+def _is_stored_in_first(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the bias beside a weight shows that its outputs are the second dimension."""
+    bias = shapes.get(f"{key.removesuffix('weight')}bias")
+    return key.endswith("weight") and len(shape) > 1 and bias is not None and bias != shape[:1] and len(bias) == 1
 
 
 def _guess(
     key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], previous_out: int
-) -> tuple[str, str, bool]:
-    """(kind, reason to stay dense, whether naming the layer overrules it) of one weight in a file."""
+) -> tuple[str, int, str, bool]:
+    """(kind, groups, reason to stay dense, whether naming the layer overrules it) of one weight in a file."""
     settle = "--model, or --include its name, settles it"
     name = _layer_name(key)
-    prefix = f"{name}." if name else ""
-    bias = shapes.get(f"{prefix}bias")
-    if _RECURRENT.search(key):
-        return "recurrent", f"recurrent: {NOT_SUPPORTED}", False
-    if key.endswith("in_proj_weight"):
-        return "attention", f"attention: {NOT_SUPPORTED}", False
-    if f"{name.removesuffix('out_proj')}in_proj_weight" in shapes and name.endswith("out_proj"):
-        return "linear", "MultiheadAttention reads this weight without calling the layer", False
+    bias = shapes.get(f"{name}.bias" if name else "bias")
     if not key.endswith("weight") or name == key or not 2 <= len(shape) <= 5:
-        return "parameter", "parameter: not a linear or convolution weight", False
+        return "parameter", 1, "parameter: not the weight of a layer that can be factorized", False
     kind = "linear" if len(shape) == 2 else f"conv{len(shape) - 2}d"
-    if bias is not None and bias != shape[:1]:
-        return "transposed", f"stored input first, as its bias of {bias[0]} says: {NOT_SUPPORTED}", False
+    if bias is not None and _is_stored_in_first(key, shape, shapes):
+        if kind == "linear" and bias == shape[1:]:
+            return "transposed_linear", 1, "", False
+        groups = bias[0] // shape[1]
+        if kind != "linear" and groups and bias[0] == groups * shape[1] and shape[0] % groups == 0:
+            return kind.replace("conv", "conv_transpose"), groups, "", False
+        return "parameter", 1, f"its bias of {bias[0]} fits no layer with this weight", False
     if kind == "linear":
         if bias is None and _EMBEDDING_NAME.search(name.rpartition(".")[2]):
-            return "embedding", f"looks like an embedding: {settle}", True
-        return kind, "", False
+            return "embedding", 1, f"looks like an embedding: {settle}", True
+        return kind, 1, "", False
     if shape[1] == 1 and shape[0] > 1:
-        return kind, f"depthwise, or a convolution of one input channel: {settle}", True
+        return kind, 1, f"depthwise, or a convolution of one input channel: {settle}", True
     if math.prod(shape[2:]) > 1 and previous_out > shape[1] and previous_out % shape[1] == 0:
         # A plain convolution would have as many inputs as the one before it has outputs.
-        return kind, f"may be grouped (groups={previous_out // shape[1]}): {settle}", True
-    return kind, "", False
+        return kind, 1, f"may be grouped (groups={previous_out // shape[1]}): {settle}", True
+    return kind, 1, "", False
 
 
 def _layer_name(key: str) -> str:

@@ -1,0 +1,140 @@
+"""How each kind of weight is stored, seen as matrices, and how two factor matrices are stored in its place.
+
+Shapes: a matrix view is (groups, rows, columns). Its factors are a left one (groups, rows, rank) and a right one
+(groups, rank, columns) whose product approximates it. A stored pair is `u`, the weight of the layer applied first, and
+`v`, the weight of the layer applied second; which matrix becomes which depends on whether rows are outputs or inputs.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A weight stored out first: (out, in/groups, *kernel); the matrix view of a group is (out/groups, in·kernel).
+
+    Attributes:
+        dims: dimensions of the stored weight; None for any number.
+        grouped: whether the weight may consist of several matrices.
+    """
+
+    dims: int | None = None
+    grouped: bool = True
+
+    def matrix_shape(self, shape: Shape, groups: int) -> tuple[int, int]:
+        """(rows, columns) of the view of one group."""
+        return shape[0] // groups, math.prod(shape[1:])
+
+    def stacked(self, shape: Shape) -> int:
+        """Size of the dimension that divides into the groups: the outputs."""
+        return shape[0]
+
+    def matrices(self, weight: Tensor, groups: int) -> Tensor:
+        """(groups, rows, columns) of a stored weight."""
+        return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+    def weight(self, matrices: Tensor, shape: Shape) -> Tensor:
+        """The stored weight of `shape` that has these matrices."""
+        return matrices.reshape(shape)
+
+    def factor_shapes(self, shape: Shape, groups: int, rank: int) -> tuple[Shape, Shape]:
+        """Shapes of the stored `u` and `v` at `rank` per group."""
+        return (groups * rank, *shape[1:]), (shape[0], rank, *[1] * (len(shape) - 2))
+
+    def pair(self, left: Tensor, right: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """The stored `u` and `v` of the factors of a weight of `shape`."""
+        u, v = self.factor_shapes(shape, left.shape[0], left.shape[2])
+        return right.reshape(u), left.reshape(v)
+
+    def factors(self, u: Tensor, v: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """The left and right factors that a stored pair holds; the inverse of `pair`."""
+        return v.reshape(groups, v.shape[0] // groups, -1), u.reshape(groups, u.shape[0] // groups, -1)
+
+
+class InFirst(Layout):
+    """A linear weight stored (in, out), as transformers' Conv1D does; its factors are stored out first."""
+
+    def matrix_shape(self, shape: Shape, groups: int) -> tuple[int, int]:
+        """(out/groups, in)."""
+        return shape[1] // groups, shape[0]
+
+    def stacked(self, shape: Shape) -> int:
+        """The outputs."""
+        return shape[1]
+
+    def matrices(self, weight: Tensor, groups: int) -> Tensor:
+        """(groups, out/groups, in) view."""
+        return super().matrices(weight.mT, groups)
+
+    def weight(self, matrices: Tensor, shape: Shape) -> Tensor:
+        """The (in, out) weight."""
+        return matrices.reshape(shape[1], shape[0]).mT
+
+    def factor_shapes(self, shape: Shape, groups: int, rank: int) -> tuple[Shape, Shape]:
+        """(groups·rank, in) and (out, rank)."""
+        return super().factor_shapes((shape[1], shape[0]), groups, rank)
+
+
+class TransposedConv(Layout):
+    """A transposed convolution's weight (in, out/groups, *kernel); the view of a group is (in/groups, out·kernel).
+
+    `u` is a convolution of kernel 1 at the input's resolution, `v` the transposed convolution with the kernel.
+    """
+
+    def matrix_shape(self, shape: Shape, groups: int) -> tuple[int, int]:
+        """(in/groups, out/groups · kernel elements)."""
+        return shape[0] // groups, math.prod(shape[1:])
+
+    def factor_shapes(self, shape: Shape, groups: int, rank: int) -> tuple[Shape, Shape]:
+        """(groups·rank, in/groups, 1, …) and (groups·rank, out/groups, *kernel)."""
+        ones = [1] * (len(shape) - 2)
+        return (groups * rank, shape[0] // groups, *ones), (groups * rank, *shape[1:])
+
+    def pair(self, left: Tensor, right: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """The left factor, transposed, is applied first."""
+        u, v = self.factor_shapes(shape, left.shape[0], left.shape[2])
+        return left.mT.reshape(u), right.reshape(v)
+
+    def factors(self, u: Tensor, v: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """The inverse of `pair`."""
+        left = u.reshape(groups, u.shape[0] // groups, -1).mT
+        return left, v.reshape(groups, v.shape[0] // groups, -1)
+
+
+class Table(Layout):
+    """An embedding (entries, features): `u` is a narrow table (entries, rank), `v` a linear layer (features, rank)."""
+
+    def factor_shapes(self, shape: Shape, groups: int, rank: int) -> tuple[Shape, Shape]:
+        """(entries, rank) and (features, rank)."""
+        return (shape[0], rank), (shape[1], rank)
+
+    def pair(self, left: Tensor, right: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """The left factor is the table."""
+        return left[0], right[0].mT
+
+    def factors(self, u: Tensor, v: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """The inverse of `pair`."""
+        return u[None], v.mT[None]
+
+
+# By kind of layer; every other kind of weight is seen out first, for its shape only.
+LAYOUTS: dict[str, Layout] = {
+    "linear": Layout(2),
+    "conv1d": Layout(3),
+    "conv2d": Layout(4),
+    "conv3d": Layout(5),
+    "lstm": Layout(2),
+    "gru": Layout(2),
+    "rnn": Layout(2),
+    "attention": Layout(2),
+    "transposed_linear": InFirst(2),
+    "conv_transpose1d": TransposedConv(3),
+    "conv_transpose2d": TransposedConv(4),
+    "conv_transpose3d": TransposedConv(5),
+    "embedding": Table(2, grouped=False),
+}
+OTHER = Layout()

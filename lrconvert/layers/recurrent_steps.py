@@ -1,0 +1,119 @@
+"""A factorized recurrent layer run step by step on its factors, without the dense weights.
+
+The input's share of all gates is computed for the whole sequence at once; a step multiplies only the state, by two thin
+matrices. Shapes: time T, batch B, hidden h; gates are kept apart, (gates, B, h).
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lrconvert.layers.layer import factor_name
+
+if TYPE_CHECKING:
+    from lrconvert.layers.recurrent import LowRankRecurrent, State
+
+Product = Callable[[Tensor], Tensor]
+
+
+def run(layer: "LowRankRecurrent", input: Tensor, state: "State") -> tuple[Tensor, "State"]:
+    """What the dense module returns for `input` (T, B, in) and an initial state."""
+    parts = state if isinstance(state, tuple) else (state,)
+    last: list[tuple[Tensor, ...]] = []
+    directions = 2 if layer.bidirectional else 1
+    for number in range(layer.num_layers):
+        outputs = []
+        for direction in range(directions):
+            index = number * directions + direction
+            sequence = input.flip(0) if direction else input
+            output, end = _one(layer, layer._names[index], sequence, tuple(part[index] for part in parts))
+            outputs.append(output.flip(0) if direction else output)
+            last.append(end)
+        input = torch.cat(outputs, 2) if directions == 2 else outputs[0]
+        if number < layer.num_layers - 1:
+            input = functional.dropout(input, layer.dropout, layer.training)
+    stacked = tuple(torch.stack(part) for part in zip(*last, strict=True))
+    return input, stacked[0] if len(stacked) == 1 else (stacked[0], stacked[1])
+
+
+def _one(
+    layer: "LowRankRecurrent", names: list[str], input: Tensor, state: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One layer in one direction: outputs (T, B, out) and the last state."""
+    gates = layer.gates
+    ih, hh, *rest = names
+    biases = [getattr(layer, name).view(gates, 1, -1) for name in rest if name.startswith("bias")]
+    shares = _product(layer, ih, gates)(input.flatten(0, 1))
+    step: Callable[..., tuple[Tensor, ...]]
+    if layer.mode == "GRU":
+        # The new gate's recurrent bias is inside its product with the reset gate.
+        step = _gru(_product(layer, hh, gates), biases[1] if biases else None)
+        biases = biases[:1]
+    elif layer.mode == "LSTM":
+        project = (
+            _linear(layer, next(name for name in rest if name.startswith("weight_hr"))) if layer.proj_size else None
+        )
+        step = _lstm(_product(layer, hh, gates), project)
+    else:
+        step = _rnn(_product(layer, hh, gates), torch.tanh if layer.mode == "RNN_TANH" else torch.relu)
+    if biases:
+        shares = shares + sum(biases)
+    outputs = []
+    for share in shares.unflatten(1, input.shape[:2]).unbind(1):
+        state = step(share, *state)
+        outputs.append(state[0])
+    return torch.stack(outputs), state
+
+
+def _product(layer: "LowRankRecurrent", name: str, gates: int) -> Product:
+    """The function from x (N, in) to the weight `name` times x, gate by gate: (gates, N, h)."""
+    factored = layer.factored.get(name)
+    if factored is None or factored.groups == 1:
+        apply = _linear(layer, name)
+        return lambda x: apply(x).unflatten(1, (gates, -1)).transpose(0, 1)
+    factors: Any = layer.get_submodule(factor_name(name))
+    u, v = factors.u.weight, factors.v.weight.unflatten(0, (gates, -1)).mT
+
+    def product(x: Tensor) -> Tensor:
+        return torch.bmm(functional.linear(x, u).unflatten(1, (gates, -1)).transpose(0, 1), v)
+
+    return product
+
+
+def _linear(layer: "LowRankRecurrent", name: str) -> Product:
+    """The function from x (N, in) to (N, out)."""
+    if name not in layer.factored:
+        weight = getattr(layer, name)
+        return lambda x: functional.linear(x, weight)
+    factors: Any = layer.get_submodule(factor_name(name))
+    return lambda x: factors(x)
+
+
+def _lstm(recur: Product, project: Product | None) -> Callable[..., tuple[Tensor, ...]]:
+    def step(share: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        enter, forget, new, leave = (share + recur(hidden)).unbind(0)
+        cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
+        hidden = torch.sigmoid(leave) * torch.tanh(cell)
+        return project(hidden) if project else hidden, cell
+
+    return step
+
+
+def _gru(recur: Product, bias: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
+    def step(share: Tensor, hidden: Tensor) -> tuple[Tensor]:
+        own = recur(hidden) if bias is None else recur(hidden) + bias
+        reset, update = torch.sigmoid(share[:2] + own[:2]).unbind(0)
+        new = torch.tanh(share[2] + reset * own[2])
+        return (torch.lerp(new, hidden, update),)
+
+    return step
+
+
+def _rnn(recur: Product, activation: Product) -> Callable[..., tuple[Tensor, ...]]:
+    def step(share: Tensor, hidden: Tensor) -> tuple[Tensor]:
+        return (activation((share + recur(hidden))[0]),)
+
+    return step
