@@ -4,25 +4,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lrconvert.errors import UnknownNameError, UsageError
-from lrconvert.models import python_file, torchvision, zoo
+from lrconvert.models import python_file, timm, torchvision, zoo
 from lrconvert.models.architecture import Architecture
 
 __all__ = ["Architecture", "find_architecture"]
 
 # Prefix of the name to the function that makes (name without prefix, keyword arguments) an architecture.
 SOURCES: dict[str, Callable[[str, Mapping[str, Any]], Architecture]] = {
+    "timm": timm.architecture,
     "torchvision": torchvision.architecture,
     "zoo": zoo.architecture,
 }
 
 
 def find_architecture(name: str, args: Mapping[str, Any] | None = None) -> Architecture:
-    """The architecture behind "torchvision/NAME" or "file.py:factory".
+    """The architecture behind "torchvision/NAME", "timm/NAME", "zoo/NAME" or "file.py:factory".
 
     Raises:
         UnknownNameError: no source has this name.
         UsageError: the name is of no known form.
-        ModelError: a Python file cannot be imported, or has no such factory.
+        ModelError: a Python file cannot be imported, or has no such factory; a library is not installed.
     """
     file, colon, factory = name.rpartition(":")
     if colon and file.endswith(".py"):

@@ -1,0 +1,148 @@
+"""timm's networks: factorized, loaded on meta and strictly, equal to the merged dense network, ONNX equal."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from helpers import assert_close
+
+import lrconvert
+from lrconvert.errors import ModelError, UnknownNameError, UsageError
+from lrconvert.layers import LowRank
+from lrconvert.models import find_architecture
+
+timm = pytest.importorskip("timm")
+
+# name to (input size, arguments that make it small)
+NETWORKS = {
+    "vit_tiny_patch16_224": (64, {"depth": 2, "img_size": 64}),
+    "deit_tiny_patch16_224": (64, {"depth": 2, "img_size": 64}),
+    "swin_tiny_patch4_window7_224": (56, {"depths": [2, 2], "num_heads": [3, 6], "img_size": 56}),
+    "convnext_atto": (64, {"depths": [1, 1, 2, 1]}),
+    "efficientnet_b0": (64, {}),
+    "mixer_s32_224": (96, {"img_size": 96}),
+    "resmlp_12_224": (64, {"img_size": 64}),
+}
+
+
+def dense_model(name, args):
+    model = timm.create_model(name, **args)
+    # Zero heads equal anything, and layer scales of 1e-6 hide the layers behind them.
+    for key, parameter in model.named_parameters():
+        if key.endswith((".gamma", ".ls1", ".ls2")):
+            torch.nn.init.constant_(parameter, 0.5)
+        elif not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request, tmp_path_factory):
+    """(input size, folder, record) at rank ratio 1/4 in every layer that can be; dense, small and merged files."""
+    size, args = NETWORKS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    torch.save(dense_model(request.param, args).state_dict(), folder / "dense.pt")
+    record = lrconvert.factorize(
+        folder / "dense.pt",
+        "rank_ratio=0.25",
+        output=folder / "small.safetensors",
+        model=f"timm/{request.param}",
+        model_args=args,
+        keep_first=0,
+        keep_last=False,
+    )
+    lrconvert.export(folder / "small.safetensors", folder / "merged.safetensors", "dense")
+    return size, folder, record
+
+
+def run(model, inputs):
+    torch.manual_seed(1)  # for dropout and stochastic depth
+    with torch.no_grad():
+        return model(inputs)
+
+
+def test_equal_to_the_merged_network(network):
+    size, folder, record = network
+    assert record.order == "execution"
+    small = lrconvert.load(folder / "small.safetensors")
+    merged = lrconvert.load(folder / "merged.safetensors")
+    assert sum(parameter.numel() for parameter in small.parameters()) == record.num_params_after
+    factorized = sum(row.rank is not None for row in record.layers)
+    assert sum(isinstance(module, LowRank) for module in small.modules()) == factorized >= 8
+    inputs = torch.randn(4, 3, size, size)
+    assert_close(run(small.eval(), inputs), run(merged.eval(), inputs), 1e-5)
+    # The dense network is another one: what the factors leave out shows.
+    name = record.model.removeprefix("timm/")
+    dense = lrconvert.load(folder / "dense.pt", record.model, model_args=NETWORKS[name][1])
+    with pytest.raises(AssertionError, match="relative difference"):
+        assert_close(run(small, inputs), run(dense, inputs), 1e-3)
+    # Batch statistics of random networks amplify float32 rounding, so train mode is compared in float64.
+    small = small.double().train()
+    merged = lrconvert.merge(copy.deepcopy(small))
+    assert_close(run(small, inputs.double()), run(merged, inputs.double()), 1e-10)
+
+
+def test_onnx_is_equal_to_the_network(network, tmp_path):
+    size, folder, _ = network
+    record = lrconvert.export(
+        folder / "small.safetensors", tmp_path / "small.onnx", "onnx", input_shape=(3, size, size)
+    )
+    assert record.batch_sizes == (1, 3)
+    assert record.difference is not None
+    assert record.difference < 1e-4
+
+
+def test_a_name_may_carry_the_tag_of_its_weights():
+    plain = find_architecture("timm/vit_tiny_patch16_224")
+    tagged = find_architecture("timm/vit_tiny_patch16_224.augreg_in21k", {"depth": 1})
+    assert plain.input_shape == tagged.input_shape == (3, 224, 224)
+    assert tagged.build().head.out_features == 21_843
+    assert find_architecture("timm/vit_tiny_patch16_384.augreg_in21k_ft_in1k").input_shape == (3, 384, 384)
+
+
+def test_arguments_change_the_input_shape():
+    assert find_architecture("timm/convnext_atto", {"in_chans": 1}).input_shape == (1, 224, 224)
+    assert find_architecture("timm/vit_tiny_patch16_224", {"img_size": 64}).input_shape == (3, 64, 64)
+    assert find_architecture("timm/vit_tiny_patch16_224", {"img_size": [32, 64]}).input_shape == (3, 32, 64)
+
+
+def test_unknown_names_are_answered_with_near_ones():
+    with pytest.raises(
+        UnknownNameError, match=r"timm model 'vit_tini_patch16_224': did you mean 'vit_tiny_patch16_224'"
+    ):
+        find_architecture("timm/vit_tini_patch16_224")
+    with pytest.raises(UnknownNameError, match=r"tag of timm/vit_tiny_patch16_224 'augreg_in22k'.*'augreg_in21k'"):
+        find_architecture("timm/vit_tiny_patch16_224.augreg_in22k")
+    # timm would look this one up on the internet.
+    with pytest.raises(UnknownNameError, match="timm model 'hf-hub:timm/vit_tiny_patch16_224'"):
+        find_architecture("timm/hf-hub:timm/vit_tiny_patch16_224")
+    with pytest.raises(ModelError, match=r"timm/convnext_atto\(wide=True\) cannot be built"):
+        find_architecture("timm/convnext_atto", {"wide": True}).build()
+
+
+@pytest.mark.parametrize("args", [{"pretrained": True}, {"checkpoint_path": "weights.pt"}])
+def test_weights_are_never_loaded(args):
+    with pytest.raises(UsageError, match="the checkpoint brings them"):
+        find_architecture("timm/convnext_atto", args)
+
+
+def test_without_timm_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModelError, match=r"pip install 'lrconvert\[timm\]'"):
+        find_architecture("timm/convnext_atto")
+
+
+def test_on_the_command_line(cli, tmp_path):
+    dense, small = tmp_path / "dense.pt", tmp_path / "small.safetensors"
+    torch.save(dense_model("deit_tiny_patch16_224", {"depth": 2, "num_classes": 10}).state_dict(), dense)
+    model = ("--model", "timm/deit_tiny_patch16_224", "--model-arg", "depth=2", "--model-arg", "num_classes=10")
+    analysis = cli("analyze", dense, *model, "--json")
+    assert analysis.code == 0, analysis.err
+    assert '"order": "execution"' in analysis.out
+    assert cli("factorize", dense, "-o", small, "--rank-ratio", "0.25", *model).code == 0
+    assert "timm/deit_tiny_patch16_224" in cli("info", small).out
+    assert len(lrconvert.load(small).blocks) == 2
+    line = cli.fails(1, "analyze", dense, "--model", "timm/deit_tiny_patch16_224", "--model-arg", "depth=2")
+    assert "--model-arg num_classes=10" in line
