@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from lrconvert.api.load import load, save
     from lrconvert.checkpoints.plan_file import save_plan
     from lrconvert.errors import LrconvertError
+    from lrconvert.inputs import Input
     from lrconvert.plan import LayerPlan, Plan, load_plan
 
 __all__ = [
+    "Input",
     "LayerPlan",
     "LrconvertError",
     "Plan",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Input": "inputs",
     "LayerPlan": "plan",
     "LrconvertError": "errors",
     "Plan": "plan",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lrconvert.inputs import Inputs, examples
 from lrconvert.layers import family_of, low_rank_modules
 
 MAC_CONVENTION = "matrix products and convolutions of one forward pass, batch 1"
@@ -47,32 +48,32 @@ def countable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
+def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """Run `model` once on the meta device, where nothing is computed, and count.
 
     Args:
         model: on any device, which it keeps; run in eval mode, and the mode it had is restored.
-        input_shape: shape of its one floating-point input, without the batch.
+        inputs: what it is called with.
 
     Raises:
         Exception: whatever the model's forward raises on the meta device.
     """
-    inputs = torch.empty(1, *input_shape, device="meta")
-    state = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    arguments, named = examples(inputs, 1, torch.get_default_dtype(), "meta")
+    state = {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     positions: dict[str, int] = {}
     names = {module: name for name, module in model.named_modules() if family_of(module)}
     names |= {module: name for name, module in low_rank_modules(model)}
 
-    def record(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+    def record(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         name = names[module]
-        positions[name] = positions.get(name, 0) + _positions(module, output)
+        positions[name] = positions.get(name, 0) + _positions(module, arguments, output)
 
     hooks = [module.register_forward_hook(record) for module in names]
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with countable(), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(model, state, (inputs,))
+            torch.func.functional_call(model, state, arguments, named)
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,8 +82,10 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
     return Trace(positions, counter.get_total_flops() // 2)
 
 
-def _positions(module: nn.Module, output: Any) -> int:
-    """Output positions of one call: of images, tokens, or time steps; of what comes first where there are several."""
+def _positions(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> int:
+    """Positions of one call that a weight is applied to: pixels, tokens, or time steps."""
+    if getattr(module, "transposed", False) and arguments:  # it works at the resolution of its input
+        return int(arguments[0].numel()) // int(module.in_channels)  # type: ignore[arg-type]
     while not isinstance(output, Tensor):
         output = output[0]
     channels = getattr(module, "out_channels", None)

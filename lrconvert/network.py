@@ -12,6 +12,7 @@ from lrconvert.checkpoints import Checkpoint, open_checkpoint
 from lrconvert.cost import Trace, trace
 from lrconvert.errors import ModelError
 from lrconvert.factorization import merging
+from lrconvert.inputs import Inputs, one_input
 from lrconvert.layers import LAYOUTS, Layer
 from lrconvert.layers.survey import layers_of_module, layers_of_tensors, tied_names
 from lrconvert.models import Architecture, find_architecture
@@ -35,7 +36,7 @@ class Network:
         module: the live model, or the architecture on the meta device, reshaped by the file's plan if it has one.
         checkpoint: the file, unless the source was a live model.
         architecture: where the module came from, if it was built by name.
-        input_shape: shape of one input without the batch, where it is known.
+        inputs: what the model is called with, where it is known.
         notes: what a user should know about how it was read.
     """
 
@@ -48,7 +49,7 @@ class Network:
     module: nn.Module | None = None
     checkpoint: Checkpoint | None = None
     architecture: Architecture | None = None
-    input_shape: tuple[int, ...] | None = None
+    inputs: Inputs | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -78,7 +79,7 @@ def open_network(
     if isinstance(source, nn.Module):
         tensors = refs_of(source.state_dict())
         network = Network(type(source).__name__, tensors, (), "file", 0, module=source)
-        return _with_module(network, source, input_shape)
+        return _with_module(network, source, one_input(input_shape or _own_shape(source)))
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     network = Network(
         str(checkpoint.path), checkpoint.tensors, (), "file", 0, checkpoint=checkpoint, notes=checkpoint.notes
@@ -88,8 +89,8 @@ def open_network(
         return _from_file_alone(network)
     module = fit(architecture.build(), checkpoint, architecture.name)
     header = checkpoint.header
-    shape = input_shape or (header.input_shape if header else None) or architecture.input_shape
-    return _with_module(replace(network, architecture=architecture), module, shape)
+    inputs = one_input(input_shape or (header.input_shape if header else None)) or architecture.inputs
+    return _with_module(replace(network, architecture=architecture), module, inputs)
 
 
 def architecture_of(
@@ -182,19 +183,26 @@ def _tied(layer: Layer, tensors: Mapping[str, TensorRef]) -> Layer:
     return replace(layer, dense_reason=f"shared with {first}", guess=False)
 
 
-def _with_module(network: Network, module: nn.Module, input_shape: tuple[int, ...] | None) -> Network:
+def _own_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """The input shape that a live timm model names itself."""
+    config = getattr(module, "pretrained_cfg", None)
+    shape = config.get("input_size") if isinstance(config, dict) else None
+    return tuple(shape) if shape else None
+
+
+def _with_module(network: Network, module: nn.Module, inputs: Inputs | None) -> Network:
     layers = tuple(_tied(layer, network.tensors) for layer in layers_of_module(module))
     network = replace(
         network,
         layers=layers,
         module=module,
         num_params=sum(parameter.numel() for parameter in module.parameters()),
-        input_shape=input_shape,
+        inputs=inputs,
     )
-    if input_shape is None:
+    if inputs is None:
         return replace(network, notes=(*network.notes, "MACs and execution order need --input-shape"))
     try:
-        found = trace(module, input_shape)
+        found = trace(module, inputs)
     except Exception as error:
         # Any model may fail on the meta device, and all that is lost is the order and the MACs.
         reason = (str(error).splitlines() or [type(error).__name__])[0]

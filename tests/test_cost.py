@@ -5,24 +5,25 @@ import torch
 from torch import nn
 
 from lrconvert.cost import measure_latency, trace
+from lrconvert.inputs import one_input
 from lrconvert.plan import LayerPlan, Plan
 from lrconvert.surgery import factorize_module
 
 
 def test_linear_and_convolution():
-    assert trace(nn.Linear(30, 20), (30,)).macs == 30 * 20
-    assert trace(nn.Linear(30, 20), (7, 30)).macs == 7 * 30 * 20
+    assert trace(nn.Linear(30, 20), one_input((30,))).macs == 30 * 20
+    assert trace(nn.Linear(30, 20), one_input((7, 30))).macs == 7 * 30 * 20
     conv = nn.Conv2d(8, 12, (3, 5), stride=2, padding=1, groups=4)
     # output 5 × 4 from 10 × 10
-    assert trace(conv, (8, 10, 10)).macs == 5 * 4 * 12 * (8 // 4) * 3 * 5
+    assert trace(conv, one_input((8, 10, 10))).macs == 5 * 4 * 12 * (8 // 4) * 3 * 5
 
 
 def test_factors_cost_what_the_formula_says():
     conv = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1))
     layer = LayerPlan(name="0", weight="0.weight", kind="conv2d", shape=(12, 8, 3, 3), rank=5)
-    assert trace(conv, (8, 10, 10)).macs == 25 * 12 * 72
+    assert trace(conv, one_input((8, 10, 10))).macs == 25 * 12 * 72
     # the stride is on u: both factors run at the output's 5 × 5
-    assert trace(factorize_module(conv, Plan(layers=(layer,))), (8, 10, 10)).macs == 25 * 5 * (72 + 12)
+    assert trace(factorize_module(conv, Plan(layers=(layer,))), one_input((8, 10, 10))).macs == 25 * 5 * (72 + 12)
 
 
 class Attention(nn.Module):
@@ -36,12 +37,12 @@ class Attention(nn.Module):
 
 def test_attention_is_counted_with_its_products():
     # q, k, v and output projections of 7 positions, then scores and values over 7 × 7 pairs
-    assert trace(Attention(), (7, 16)).macs == 4 * 7 * 16 * 16 + 2 * 7 * 7 * 16
+    assert trace(Attention(), one_input((7, 16))).macs == 4 * 7 * 16 * 16 + 2 * 7 * 7 * 16
 
 
 def test_transformer_encoder_layer_is_counted():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    assert trace(layer, (7, 16)).macs == 4 * 7 * 16 * 16 + 2 * 7 * 7 * 16 + 2 * 7 * 16 * 32
+    assert trace(layer, one_input((7, 16))).macs == 4 * 7 * 16 * 16 + 2 * 7 * 7 * 16 + 2 * 7 * 16 * 32
 
 
 class Recurrent(nn.Module):
@@ -56,7 +57,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3)])
 def test_recurrent_layers_are_counted(kind, gates):
     # two layers, five steps: input and hidden products of every gate
-    assert trace(Recurrent(kind), (5, 16)).macs == 5 * gates * 24 * ((16 + 24) + (24 + 24))
+    assert trace(Recurrent(kind), one_input((5, 16))).macs == 5 * gates * 24 * ((16 + 24) + (24 + 24))
 
 
 def test_order_is_that_of_the_calls_and_modes_are_restored():
@@ -73,7 +74,7 @@ def test_order_is_that_of_the_calls_and_modes_are_restored():
 
     model = Backwards()
     model.dropout.eval()
-    found = trace(model, (3, 8))
+    found = trace(model, one_input((3, 8)))
     assert list(found.positions.items()) == [("first", 6), ("second", 3)]
     assert model.training
     assert not model.dropout.training
@@ -83,7 +84,7 @@ def test_order_is_that_of_the_calls_and_modes_are_restored():
 
 def test_fast_path_setting_is_restored():
     before = torch.backends.mha.get_fastpath_enabled()
-    trace(nn.Linear(2, 2), (2,))
+    trace(nn.Linear(2, 2), one_input((2,)))
     assert torch.backends.mha.get_fastpath_enabled() is before
 
 

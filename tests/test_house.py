@@ -14,7 +14,7 @@ PACKAGE = Path(lrconvert.__file__).parent
 # Rooms from the ground up: a room may import its own floor and those below it.
 FLOORS = [
     {"errors"},
-    {"layers", "patterns", "parallel", "tensors"},
+    {"inputs", "layers", "patterns", "parallel", "tensors"},
     {"spectrum"},
     {"ranks", "cost"},
     {"plan", "rewrite"},

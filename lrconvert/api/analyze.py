@@ -79,7 +79,7 @@ def analyze_record(analysis: Analysis) -> AnalyzeRecord:
 
 def _row(analysis: Analysis, layer: Layer, spectrum: Spectrum) -> LayerSpectrum:
     trace = analysis.network.trace
-    positions = trace.positions.get(layer.name) if trace else None
+    positions = trace.positions.get(layer.owner) if trace else None
     stable, xi = float(spectrum.stable_rank().max()), analysis.xi(layer)
     return LayerSpectrum(
         name=layer.name,
@@ -88,7 +88,7 @@ def _row(analysis: Analysis, layer: Layer, spectrum: Spectrum) -> LayerSpectrum:
         groups=layer.groups,
         evidence=layer.evidence,
         num_params=layer.num_params,
-        macs=None if positions is None else positions * layer.num_params,
+        macs=None if positions is None else positions * layer.macs_per_position(),
         full_rank=layer.full_rank,
         break_even_rank=layer.break_even_rank,
         stable_rank=stable,

@@ -7,6 +7,7 @@ import torch
 from lrconvert import __version__
 from lrconvert.checkpoints import Header
 from lrconvert.errors import UsageError
+from lrconvert.inputs import shape_of
 from lrconvert.network import Network
 from lrconvert.plan import Plan, PlanOptions
 from lrconvert.ranks import parse_rule
@@ -42,6 +43,8 @@ def plan_options(
     floor: float = 0.0,
     rank_multiple: int = 1,
     layer_ranks: Mapping[str, int] | None = None,
+    splits: Mapping[str, int] | None = None,
+    include_embeddings: bool = False,
 ) -> PlanOptions:
     """Plan options from a rule's text ("energy=0.9") and the settings of `PlanOptions`."""
     return PlanOptions(
@@ -53,6 +56,8 @@ def plan_options(
         floor,
         rank_multiple,
         tuple((layer_ranks or {}).items()),
+        tuple((splits or {}).items()),
+        include_embeddings,
     )
 
 
@@ -64,7 +69,7 @@ def header_for(network: Network, plan: Plan | None) -> Header:
         written_by=WRITTEN_BY,
         model=architecture.name if architecture else before.model if before else None,
         model_args=dict(architecture.args) if architecture else before.model_args if before else {},
-        input_shape=network.input_shape or (before.input_shape if before else None),
+        input_shape=shape_of(network.inputs) or (before.input_shape if before else None),
         parameters=(before.parameters if before else None) or network.num_params,
         macs=(before.macs if before else None) or (network.trace.macs if network.trace else None),
         plan=plan,
@@ -77,7 +82,7 @@ def layer_decisions(plan: Plan, network: Network | None = None) -> tuple[LayerDe
     rows = []
     for decision in plan.layers:
         layer = decision.layer
-        at = positions.get(decision.name)
+        at = positions.get(layer.owner)
         rows.append(
             LayerDecision(
                 name=decision.name,
@@ -90,8 +95,8 @@ def layer_decisions(plan: Plan, network: Network | None = None) -> tuple[LayerDe
                 error=decision.error,
                 num_params_before=layer.num_params,
                 num_params_after=decision.num_params_after,
-                macs_before=None if at is None else at * layer.num_params,
-                macs_after=None if at is None else at * decision.num_params_after,
+                macs_before=None if at is None else at * layer.macs_per_position(),
+                macs_after=None if at is None else at * layer.macs_per_position(decision.rank),
             )
         )
     return tuple(rows)

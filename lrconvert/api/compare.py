@@ -12,6 +12,7 @@ from lrconvert.cost import measure_latency
 from lrconvert.errors import CheckpointError
 from lrconvert.exporters.check import relative_difference, tensors_in
 from lrconvert.factorization import merge_weight
+from lrconvert.inputs import examples
 from lrconvert.network import Network, open_network
 from lrconvert.plan import LayerPlan
 from lrconvert.report.record import CompareRecord, LayerDifference, Side
@@ -128,13 +129,14 @@ def _run_both(
     batch_size: int,
 ) -> tuple[float | None, str, list[Side]]:
     """(difference of outputs, what latency was measured on, sides with their latency)."""
-    shape = networks[0].input_shape
-    assert shape is not None
-    inputs = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+    inputs = networks[0].inputs
+    assert inputs is not None
+    arguments, names = examples(inputs, batch_size, torch.float32)
     models = [load(file, model, model_args=model_args).float() for file in files]
     with torch.no_grad():
-        outputs = [torch.cat([out.flatten() for out in tensors_in(model(inputs))]) for model in models]
-        times = measure_latency([lambda model=model: model(inputs) for model in models])  # type: ignore[misc]
+        outputs = [torch.cat([out.flatten() for out in tensors_in(model(*arguments, **names))]) for model in models]
+        calls = [lambda model=model: model(*arguments, **names) for model in models]
+        times = measure_latency(calls)
     timed = [
         side.model_copy(update={"latency_ms": time.median_ms, "latency_range_ms": (time.low_ms, time.high_ms)})
         for side, time in zip(sides, times, strict=True)

@@ -13,6 +13,7 @@ from lrconvert.api.load import load, save
 from lrconvert.checkpoints.atomic import check_writable
 from lrconvert.cost import measure_latency, trace
 from lrconvert.errors import LrconvertError
+from lrconvert.inputs import one_input
 from lrconvert.models.zoo.digits_cnn import INPUT_SHAPE, DigitsCNN
 from lrconvert.report.record import DemoRecord, DemoStep, Record
 
@@ -142,7 +143,7 @@ def _measure(
             DemoStep(
                 name=name,
                 num_params=sum(parameter.numel() for parameter in model.parameters()),
-                macs=trace(model, INPUT_SHAPE).macs,
+                macs=trace(model, one_input(INPUT_SHAPE)).macs,
                 nbytes=path.stat().st_size,
                 accuracy=float((call(test[0]).argmax(1) == test[1]).float().mean()),
                 latency_ms=time.median_ms,

@@ -74,11 +74,11 @@ def _export_graph(
     checkpoint = open_checkpoint(source)
     loaded = load(checkpoint, model, model_args=model_args)
     network = open_network(checkpoint, model, model_args, input_shape)
-    if network.input_shape is None:
+    if network.inputs is None:
         raise ModelError(f"{source}: the shape of its input is not known; add --input-shape 3,224,224")
     header = header_for(network, checkpoint.header.plan if checkpoint.header else None)
     with atomic_path(path, overwrite) as temporary:
-        checked = GRAPHS[format](loaded, network.input_shape, temporary, header, tolerance)
+        checked = GRAPHS[format](loaded, network.inputs, temporary, header, tolerance)
         nbytes = temporary.stat().st_size
     return ExportRecord(
         source=str(source),

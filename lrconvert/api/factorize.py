@@ -16,7 +16,7 @@ from lrconvert.checkpoints.folder import left_behind
 from lrconvert.errors import NothingToCompressError, PlanError, UsageError
 from lrconvert.factorization import factorizing
 from lrconvert.network import Network, Source, open_network
-from lrconvert.plan import Plan, check_plan, decide, reasons_to_stay_dense
+from lrconvert.plan import Plan, check_plan, decide, reasons_to_stay_dense, split
 from lrconvert.report.record import FactorizeRecord
 from lrconvert.surgery import check_fits, factorize_module, merge_module, plan_of
 from lrconvert.tensors import shapes_of
@@ -33,6 +33,8 @@ def make_plan(
     floor: float = 0.0,
     rank_multiple: int = 1,
     layer_ranks: Mapping[str, int] | None = None,
+    splits: Mapping[str, int] | None = None,
+    include_embeddings: bool = False,
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -48,6 +50,9 @@ def make_plan(
             `lrconvert.ranks.RULES`.
         keep_first, keep_last, include, exclude, floor, rank_multiple: see `lrconvert.plan.PlanOptions`.
         layer_ranks: pattern to rank, overruling the rule.
+        splits: pattern to number of parts: the outputs of these layers are that many matrices, factorized each on its
+            own ({"*.qkv": 3}), or, with 1, together ({"lstm*": 1}).
+        include_embeddings: factorize embeddings too.
         model, model_args, input_shape, init, device, progress: see `analyze`.
 
     Raises:
@@ -63,15 +68,20 @@ def make_plan(
         floor=floor,
         rank_multiple=rank_multiple,
         layer_ranks=layer_ranks,
+        splits=splits,
+        include_embeddings=include_embeddings,
     )
     network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
     _refuse_factorized(network)
+    network = replace(network, layers=split(network.layers, options.splits))
     reasons = reasons_to_stay_dense(network.layers, options)
     candidates = [layer for layer in network.layers if layer.name not in reasons]
     if isinstance(source, Analysis):
         missing = [layer.name for layer in candidates if layer.name not in source.spectra]
         if missing:
             raise UsageError(f"the analysis left {missing[0]} out; analyze without include and exclude")
+        if options.splits:
+            raise UsageError("splits change the matrices: make the plan from the model, not from an analysis")
         analysis = source
     else:
         initial = open_network(init) if init is not None else None

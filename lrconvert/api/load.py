@@ -51,7 +51,8 @@ def load(
         named = checkpoint.header.model if checkpoint.header else None
         why = f"names {named}, a Python file, which is only run when you ask" if named else "names no architecture"
         raise ModelError(
-            f"{checkpoint.path} {why}; give one: load(path, model), --model torchvision/NAME or --model file.py:factory"
+            f"{checkpoint.path} {why}; give one: load(path, model), --model SOURCE/NAME (torchvision/resnet18, "
+            "timm/…, hf/…) or --model file.py:factory"
         )
     return _build(architecture, checkpoint).eval().to(device)
 

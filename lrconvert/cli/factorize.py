@@ -50,6 +50,17 @@ def factorize(
         list[str] | None,
         typer.Option("--layer-rank", help="The rank of these layers, whatever the rule says.", metavar="PATTERN=RANK"),
     ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--split",
+            help="Outputs in N parts, each factorized on its own ('*.qkv=3'); 1: gates, or q, k and v, jointly.",
+            metavar="PATTERN=N",
+        ),
+    ] = None,
+    include_embeddings: Annotated[
+        bool, typer.Option("--include-embeddings", help="Embeddings too; by default they stay dense.")
+    ] = False,
     rank_multiple: Annotated[
         int | None, typer.Option("--rank-multiple", help="Round ranks to multiples of this (8 suits most hardware).")
     ] = None,
@@ -80,7 +91,9 @@ def factorize(
         "exclude": exclude,
         "floor": rank_floor,
         "rank_multiple": rank_multiple,
-        "layer_ranks": options.parse_layer_ranks(layer_rank) or None,
+        "layer_ranks": options.parse_numbers("--layer-rank", layer_rank) or None,
+        "splits": options.parse_numbers("--split", split) or None,
+        "include_embeddings": include_embeddings or None,
         "init": init,
     }
     chosen = {name: value for name, value in settings.items() if value is not None}

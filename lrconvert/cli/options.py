@@ -67,12 +67,12 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     return shape
 
 
-def parse_layer_ranks(given: list[str] | None) -> dict[str, int]:
-    """Pattern to rank from PATTERN=RANK texts."""
+def parse_numbers(option: str, given: list[str] | None) -> dict[str, int]:
+    """Pattern to whole number from PATTERN=NUMBER texts given to `option`."""
     parsed = {}
     for text in given or []:
-        pattern, equals, rank = text.rpartition("=")
-        if not equals or not rank.isdecimal():
-            raise UsageError(f"--layer-rank {text}: write PATTERN=RANK, like 'layer4.*.conv2=96'")
-        parsed[pattern] = int(rank)
+        pattern, equals, number = text.rpartition("=")
+        if not equals or not number.isdecimal():
+            raise UsageError(f"{option} {text}: write PATTERN=NUMBER, like {option} 'layer4.*=96'")
+        parsed[pattern] = int(number)
     return parsed

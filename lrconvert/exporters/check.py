@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrconvert.errors import VerificationError
+from lrconvert.inputs import Inputs, examples
 
 BATCH_SIZES = (1, 3)
 
@@ -55,8 +56,8 @@ def relative_difference(got: Tensor, want: Tensor) -> float:
 
 def check_against(
     model: nn.Module,
-    run: Callable[[Tensor], list[Tensor]],
-    input_shape: tuple[int, ...],
+    run: Callable[[tuple[Tensor, ...], dict[str, Tensor]], list[Tensor]],
+    inputs: Inputs,
     tolerance: float,
     path: Path,
 ) -> float:
@@ -64,25 +65,24 @@ def check_against(
 
     Args:
         model: in eval mode.
-        run: the exported graph; takes a batch, returns its outputs.
-        input_shape: shape of one input, without the batch.
+        run: the exported graph; takes positional and named arguments, returns its outputs.
+        inputs: what the model is called with.
         tolerance: largest difference allowed.
         path: of the export, for messages.
 
     Raises:
         VerificationError: the outputs differ by more than `tolerance`, or are not finite.
     """
-    generator = torch.Generator().manual_seed(0)
     parameter = next(model.parameters())
     if parameter.dtype in (torch.float16, torch.bfloat16):
         # A few units in the last place of its own type.
         tolerance = max(tolerance, 8 * torch.finfo(parameter.dtype).eps)
     worst = 0.0
     for batch in BATCH_SIZES:
-        inputs = torch.randn(batch, *input_shape, generator=generator, dtype=torch.float32).to(parameter.dtype)
+        arguments, named = examples(inputs, batch, parameter.dtype)
         with torch.no_grad():
-            want = tensors_in(model(inputs))
-        got = run(inputs)
+            want = tensors_in(model(*arguments, **named))
+        got = run(arguments, named)
         if len(got) != len(want):
             raise VerificationError(f"{path}: {len(got)} outputs, the model has {len(want)}; nothing was kept")
         for mine, theirs in zip(got, want, strict=True):

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from lrconvert.checkpoints import KEY, Header
 from lrconvert.errors import ModelError
 from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against, reason_of
+from lrconvert.inputs import Inputs, dynamic_shapes, examples
 
 # A protobuf message cannot be larger; weights beyond it go into a file beside the graph.
 _PROTOBUF_LIMIT = 2_000_000_000
 
 
-def write_onnx(model: nn.Module, input_shape: tuple[int, ...], path: Path, header: Header, tolerance: float) -> Checked:
+def write_onnx(model: nn.Module, inputs: Inputs, path: Path, header: Header, tolerance: float) -> Checked:
     """Export `model` with a dynamic batch to `path`, the header among the graph's metadata.
 
     Args:
         model: in eval mode, on the CPU.
-        input_shape: shape of one input, without the batch.
+        inputs: what it is called with.
         path: does not exist yet. Weights of 2 GB and more go to `path` + ".data".
         header: stored in the metadata under "lrconvert".
         tolerance: largest relative difference allowed.
@@ -34,16 +35,17 @@ def write_onnx(model: nn.Module, input_shape: tuple[int, ...], path: Path, heade
         VerificationError: onnxruntime computes something else than the model.
     """
     dtype = next(model.parameters()).dtype
-    example = torch.randn(2, *input_shape, dtype=torch.float32).to(dtype)
+    arguments, named = examples(inputs, 2, dtype)
     nbytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     try:
         with _quiet():
             program = torch.onnx.export(
                 model,
-                (example,),
+                arguments,
+                kwargs=named,
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["input"],
+                dynamic_shapes=dynamic_shapes(inputs, torch.export.Dim("batch")),
+                input_names=[each.name or f"input{number or ''}" for number, each in enumerate(inputs)],
                 verbose=False,
             )
     except Exception as error:
@@ -60,12 +62,15 @@ def write_onnx(model: nn.Module, input_shape: tuple[int, ...], path: Path, heade
             f"onnxruntime cannot run this graph on the CPU in {dtype}; convert the checkpoint to float32 first "
             f"({reason_of(error)})"
         ) from error
-    name = session.get_inputs()[0].name
+    names = [each.name for each in session.get_inputs()]
 
-    def run(inputs: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(output) for output in session.run(None, {name: inputs.numpy()})]
+    def run(arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> list[Tensor]:
+        given = named or dict(zip(names, arguments, strict=True))
+        # An input that the graph does not use is not among its inputs.
+        feeds = {name: tensor.numpy() for name, tensor in given.items() if name in names}
+        return [torch.from_numpy(output) for output in session.run(None, feeds)]
 
-    difference = check_against(model, run, input_shape, tolerance, path)
+    difference = check_against(model, run, inputs, tolerance, path)
     opset = next(
         entry.version for entry in onnx.load(str(path), load_external_data=False).opset_import if not entry.domain
     )

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from lrconvert.checkpoints import KEY, Header
 from lrconvert.errors import ModelError
 from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against, reason_of, tensors_in
+from lrconvert.inputs import Inputs, dynamic_shapes, examples
 
 
-def write_pt2(model: nn.Module, input_shape: tuple[int, ...], path: Path, header: Header, tolerance: float) -> Checked:
+def write_pt2(model: nn.Module, inputs: Inputs, path: Path, header: Header, tolerance: float) -> Checked:
     """Export `model` with a dynamic batch to `path`, the header among the archive's extra files.
 
     Args:
         model: in eval mode, on the CPU.
-        input_shape: shape of one input, without the batch.
+        inputs: what it is called with.
         path: does not exist yet.
         header: stored as the extra file "lrconvert".
         tolerance: largest relative difference allowed.
@@ -25,19 +26,20 @@ def write_pt2(model: nn.Module, input_shape: tuple[int, ...], path: Path, header
         ModelError: torch cannot export the model.
         VerificationError: the archive computes something else than the model.
     """
-    example = torch.randn(2, *input_shape, dtype=torch.float32).to(next(model.parameters()).dtype)
+    arguments, named = examples(inputs, 2, next(model.parameters()).dtype)
+    shapes = dynamic_shapes(inputs, torch.export.Dim("batch"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            program = torch.export.export(model, arguments, named, dynamic_shapes=shapes)
             torch.export.save(program, path, extra_files={KEY: header.model_dump_json(exclude_defaults=True)})
             loaded = torch.export.load(path).module()
     except Exception as error:
         raise ModelError(f"torch cannot export this model: {reason_of(error)}") from error
 
-    def run(inputs: Tensor) -> list[Tensor]:
+    def run(arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return tensors_in(loaded(inputs))
+            return tensors_in(loaded(*arguments, **named))
 
-    difference = check_against(model, run, input_shape, tolerance, path)
+    difference = check_against(model, run, inputs, tolerance, path)
     return Checked(f"torch {torch.__version__}", BATCH_SIZES, difference)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lrconvert.layers.layer import factor_name
 from lrconvert.layers.linear import LinearFactors, LowRankLinear
-from lrconvert.layers.lowrank import Factored, LowRankComposite, factor_name, where
+from lrconvert.layers.lowrank import Factored, LowRankComposite, where
 
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -85,10 +86,11 @@ class LowRankAttention(LowRankComposite):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             heads = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
-        out: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
+        # In memory time comes first, as the dense module leaves it: a dropout that follows then draws the same mask.
+        out: Tensor = self.out_proj(heads.permute(2, 0, 1, 3).flatten(2))
         if not batched:
-            return out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return out if self.batch_first else out.transpose(0, 1), weights
+            return out.squeeze(1), None if weights is None else weights.squeeze(0)
+        return out.transpose(0, 1) if self.batch_first else out, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (batch, length, embed)."""

@@ -85,6 +85,12 @@ class Layer:
         """Elements of the two factors at `rank` per group, without bias."""
         return self.groups * rank * sum(self.matrix_shape)
 
+    def macs_per_position(self, rank: int | None = None) -> int:
+        """Multiply-accumulates for one token, pixel or time step, dense or at `rank`; a table is looked up for free."""
+        if self.kind == "embedding":
+            return rank * self.shape[1] if rank else 0
+        return self.num_params if rank is None else self.num_low_rank_params(rank)
+
     def factor_path(self, factor: Literal["u", "v"]) -> str:
         """Path of the module that holds a factor: "layer4.0.conv1.u", "lstm.ih_l0.v", "attention.in_proj.u"."""
         path, _, last = self.name.rpartition(".")

@@ -14,7 +14,7 @@ from lrconvert.layers.layer import factor_name
 
 
 class ShapeOnly(Tensor):
-    """A meta tensor that refuses to be multiplied.
+    """A meta tensor that refuses to be multiplied, and says that it is where the factors are (`stands_for`).
 
     torch multiplies a tensor on the CPU by one on the meta device without an error, and returns whatever was in memory.
     """
@@ -30,6 +30,13 @@ class ShapeOnly(Tensor):
                 "keep the layer dense with --exclude"
             )
         return super().__torch_function__(func, types, args, kwargs or {})
+
+    stands_for: torch.device
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The device of the factors: other code puts what it computes there."""
+        return self.stands_for
 
 
 _PRODUCTS = {
@@ -108,7 +115,7 @@ class LowRank(nn.Module):
             found = getattr(skeleton[0], name, None) if skeleton and not name.startswith("__") else None
             if found is None or callable(found) or (isinstance(found, Tensor) and name not in self.factored):
                 raise
-        return shape_only(tuple(found.shape), next(self.parameters()).dtype) if isinstance(found, Tensor) else found
+        return shape_only(found, next(self.parameters())) if isinstance(found, Tensor) else found
 
 
 class LowRankLayer(LowRank):
@@ -168,16 +175,20 @@ def where(tensor: Tensor) -> dict[str, Any]:
     return {"device": tensor.device, "dtype": tensor.dtype}
 
 
-def shape_only(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor on the meta device in the place of a weight that was factorized.
+def shape_only(dense: Tensor, factor: Tensor) -> Tensor:
+    """A tensor without data in the place of the weight `dense` that was factorized.
 
-    Other code reads `layer.weight` for its shape or dtype (transformers' weight initialisation,
-    nn.TransformerEncoderLayer). Being on the meta device, it also keeps torch's fused encoder path from running, which
-    would multiply the factors out on every call.
+    Other code reads `layer.weight` for its shape, dtype or device (transformers' weight initialisation,
+    nn.TransformerEncoderLayer). Being on the meta device, or a subclass, it also keeps torch's fused encoder path from
+    running, which would multiply the factors out on every call.
     """
-    weight = torch.empty(shape, dtype=dtype, device="meta")
+    weight = torch.empty(dense.shape, dtype=factor.dtype, device="meta")
     # Graph capture has no use for a subclass, and checks devices itself.
-    return weight if torch.compiler.is_compiling() or type(weight) is not Tensor else weight.as_subclass(ShapeOnly)
+    if torch.compiler.is_compiling() or type(weight) is not Tensor:
+        return weight
+    answer: ShapeOnly = weight.as_subclass(ShapeOnly)
+    answer.stands_for = factor.device
+    return answer
 
 
 def _without_data(module: nn.Module) -> nn.Module:

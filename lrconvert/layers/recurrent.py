@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lrconvert.layers import recurrent_steps
+from lrconvert.layers.layer import factor_name
 from lrconvert.layers.linear import LinearFactors
-from lrconvert.layers.lowrank import Factored, LowRankComposite, factor_name, where
+from lrconvert.layers.lowrank import Factored, LowRankComposite, where
 
 RECURRENT_TYPES: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 # By mode, the gates stacked in a weight.
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
-_FUSED = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
+_FUSED: dict[str, Any] = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
 
 Sequence = Tensor | PackedSequence
 State = Tensor | tuple[Tensor, Tensor]

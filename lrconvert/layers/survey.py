@@ -12,11 +12,16 @@ from lrconvert.layers import LAYOUTS, Family, Layer, family_of
 from lrconvert.layers.attention import SEPARATE
 
 # Parents that use a child's weight without calling the child, so that replacing the child would change nothing or
-# break: the class name of the parent, and the children concerned.
+# break: the parent's class, and the children concerned.
 READ_BY_PARENT = {
-    "ShiftedWindowAttention": ("qkv", "proj"),
-    "ShiftedWindowAttentionV2": ("qkv", "proj"),
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": ("qkv", "proj"),
+    "timm.models.beit.Attention": ("qkv",),
+    "timm.models.eva.EvaAttention": ("qkv",),
+    "timm.models.swin_transformer_v2.WindowAttention": ("qkv",),
 }
+# Subclasses with a forward of their own that computes what their base class does.
+SAME_AS_BASE = frozenset({"timm.layers.linear.Linear"})
 
 _RECURRENT = re.compile(r"(?:^|\.)(weight_(ih|hh|hr)_l\d+(_reverse)?)$")
 _EMBEDDING_NAME = re.compile(r"emb|wte$|wpe$|lookup|^shared$|attention_bias$|codebook", re.IGNORECASE)
@@ -34,17 +39,16 @@ def layers_of_module(model: nn.Module) -> tuple[Layer, ...]:
     layers: list[Layer] = []
     listed: set[int] = set()
     for name, module in parents.items():
-        parameters = dict(module.named_parameters(prefix=name, recurse=False))
+        parameters = dict(module.named_parameters(recurse=False))
         family = family_of(module)
-        for path in family.weights(module) if family else ():
-            # A composite owns weights of its children too.
-            key = f"{name}.{path}" if name else path
-            parameters[key] = model.get_parameter(key)
-        for key, parameter in parameters.items():
+        if family:  # attention owns the weight of a child too
+            everything = dict(module.named_parameters())
+            parameters |= {path: everything[path] for path in family.weights(module) if path in everything}
+        for path, parameter in parameters.items():
             if parameter.dim() < 2 or not parameter.numel() or id(parameter) in listed:
                 continue
             listed.add(id(parameter))
-            path = key.removeprefix(f"{name}.") if name else key
+            key = f"{name}.{path}" if name else path
             kind, groups, reason, guess = _judge(module, path, parents.get(name.rpartition(".")[0]))
             tied = [other for other in names_of[id(parameter)] if other != key]
             if tied and (guess or not reason):
@@ -88,7 +92,7 @@ def _reason(module: nn.Module, family: Family, parent: nn.Module | None) -> str:
     if not _computes_like(module, family):
         return f"{type(module).__name__} changes what {family.dense.__name__} computes"
     child = next((child for child, value in parent._modules.items() if value is module), "") if parent else ""
-    if any(child in READ_BY_PARENT.get(base.__name__, ()) for base in type(parent).__mro__):
+    if any(child in READ_BY_PARENT.get(_full_name(base), ()) for base in type(parent).__mro__):
         return f"{type(parent).__name__} reads this weight without calling the layer"
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return "has hooks or a forward of its own, which would be lost"
@@ -99,12 +103,18 @@ def _reason(module: nn.Module, family: Family, parent: nn.Module | None) -> str:
     return ""
 
 
+def _full_name(kind: type) -> str:
+    """Module and name of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _computes_like(module: nn.Module, family: Family) -> bool:
     """Whether a (subclass of a) dense class still computes as that class does, with its plain weights."""
-    if any(
+    own = _full_name(type(module)) not in SAME_AS_BASE and any(
         getattr(type(module), name, None) is not getattr(family.dense, name, None)
         for name in ("forward", "_conv_forward")
-    ):
+    )
+    if own:
         return False
     parameters = dict(module.named_parameters())
     return all(path in parameters for path in family.weights(module))

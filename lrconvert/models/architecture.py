@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lrconvert.errors import ModelError
+from lrconvert.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,13 @@ class Architecture:
         name: as the user wrote it ("torchvision/resnet50"); stored in headers.
         args: keyword arguments of the factory.
         factory: builds the model on the current default device.
-        input_shape: shape of one input without the batch, where the source knows it.
+        inputs: what the model is called with, where the source knows it.
     """
 
     name: str
     args: Mapping[str, Any]
     factory: Callable[..., nn.Module]
-    input_shape: tuple[int, ...] | None = None
+    inputs: Inputs | None = None
 
     def build(self, device: str = "meta") -> nn.Module:
         """The model on `device`, with whatever weights its constructor gives it; on "meta" no memory is used.

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.errors import ModelError
+from lrconvert.inputs import one_input
 from lrconvert.models.architecture import Architecture
 
 
 def architecture(file: str, factory: str, args: Mapping[str, Any]) -> Architecture:
     """The callable `factory` of the Python file `file`, which is imported, and so run.
 
-    The file may set `input_shape` (without the batch) beside the factory.
+    The file may set `input_shape` (of one floating-point input, without the batch) beside the factory, or `inputs`,
+    a list of `lrconvert.Input`.
 
     Raises:
         ModelError: the file is missing or fails, or has no such callable.
@@ -39,5 +41,5 @@ def architecture(file: str, factory: str, args: Mapping[str, Any]) -> Architectu
     if not callable(found):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ModelError(f"{file} has no callable '{factory}'; it has: {', '.join(names) or 'none'}")
-    shape = getattr(module, "input_shape", None)
-    return Architecture(f"{file}:{factory}", dict(args), found, tuple(shape) if shape else None)
+    inputs = tuple(getattr(module, "inputs", ())) or one_input(getattr(module, "input_shape", None))
+    return Architecture(f"{file}:{factory}", dict(args), found, inputs)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from lrconvert.errors import ModelError, UnknownNameError, UsageError
+from lrconvert.inputs import one_input
 from lrconvert.models.architecture import Architecture
 
 # Arguments of timm.create_model that read weights from somewhere.
@@ -42,7 +43,10 @@ def architecture(name: str, args: Mapping[str, Any]) -> Architecture:
     if any(args.get(argument) for argument in _WEIGHTS):
         raise UsageError("timm's weights are not loaded here: the checkpoint brings them")
     return Architecture(
-        f"timm/{name}", dict(args), partial(timm.create_model, name, pretrained=False), _input_shape(name, args)
+        f"timm/{name}",
+        dict(args),
+        partial(timm.create_model, name, pretrained=False),
+        one_input(_input_shape(name, args)),
     )
 
 

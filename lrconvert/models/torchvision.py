@@ -6,6 +6,7 @@ from inspect import signature
 from typing import Any
 
 from lrconvert.errors import UnknownNameError, UsageError
+from lrconvert.inputs import one_input
 from lrconvert.models.architecture import Architecture
 
 
@@ -27,7 +28,7 @@ def architecture(name: str, args: Mapping[str, Any]) -> Architecture:
     if "weights_backbone" in signature(torchvision.models.get_model_builder(name)).parameters:
         fixed["weights_backbone"] = None
     factory = partial(torchvision.models.get_model, name, weights=None, **fixed)
-    return Architecture(f"torchvision/{name}", dict(args), factory, _input_shape(name))
+    return Architecture(f"torchvision/{name}", dict(args), factory, one_input(_input_shape(name)))
 
 
 def _input_shape(name: str) -> tuple[int, ...] | None:

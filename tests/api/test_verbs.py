@@ -110,11 +110,16 @@ def test_kinds_the_file_guessed_wrong_are_caught_when_loading(tmp_path):
     assert not any(isinstance(module, LowRank) for module in model.modules())
 
 
-def test_attention_output_projection_is_never_replaced(tmp_path):
+def test_an_encoder_layer_is_factorized_whole_from_its_file_alone(tmp_path):
     model = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
     torch.save(model.state_dict(), tmp_path / "dense.pt")
     plan = lrconvert.make_plan(tmp_path / "dense.pt", "rank=8", keep_first=0, keep_last=False)
-    assert {layer.name for layer in plan.low_rank} == {"linear1", "linear2"}
+    assert {layer.name for layer in plan.low_rank} == {
+        "linear1",
+        "linear2",
+        "self_attn.in_proj_weight",
+        "self_attn.out_proj",
+    }
     lrconvert.factorize(tmp_path / "dense.pt", plan, output=tmp_path / "small.pt")
     small = lrconvert.load(tmp_path / "small.pt", copy.deepcopy(model))
     merged = lrconvert.merge(copy.deepcopy(small))

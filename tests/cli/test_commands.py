@@ -215,7 +215,7 @@ def test_one_line_errors(cli, tmp_path):
         (1, ("factorize", "dense.pt", *small, "--model", "torchvision/alexnet"), "does not match torchvision/alexnet"),
         (2, ("factorize", "dense.pt", *small, "--model-arg", "width"), "write KEY=VALUE"),
         (2, ("factorize", "dense.pt", *small, "--input-shape", "a,b"), "write positive numbers"),
-        (2, ("factorize", "dense.pt", *small, "--layer-rank", "one"), "write PATTERN=RANK"),
+        (2, ("factorize", "dense.pt", *small, "--layer-rank", "one"), "write PATTERN=NUMBER"),
         (2, ("factorize", "dense.pt", *small, "--device", "tpu9"), "unknown device 'tpu9'"),
         (3, ("factorize", "dense.pt", *small, "--keep-first", "99"), "no layer to factorize"),
         (1, ("export", "dense.pt", "-o", "x.onnx", "-f", "onnx"), "names no architecture"),

@@ -10,6 +10,7 @@ from lrconvert.checkpoints import KEY, Header
 from lrconvert.errors import ModelError, VerificationError
 from lrconvert.exporters import GRAPHS
 from lrconvert.exporters.check import check_against, relative_difference, tensors_in
+from lrconvert.inputs import one_input
 
 PATH = Path("x.onnx")
 
@@ -36,8 +37,8 @@ def test_tensors_in_nested_outputs():
 def test_a_wrong_graph_is_refused(change, message):
     model = nn.Linear(4, 3).eval()
     with pytest.raises(VerificationError, match=message):
-        check_against(model, lambda x: change(model(x).detach()), (4,), 1e-4, PATH)
-    assert check_against(model, lambda x: [model(x).detach()], (4,), 1e-4, PATH) == 0.0
+        check_against(model, lambda x, _: change(model(*x).detach()), one_input((4,)), 1e-4, PATH)
+    assert check_against(model, lambda x, _: [model(*x).detach()], one_input((4,)), 1e-4, PATH) == 0.0
 
 
 class Branches(nn.Module):
@@ -54,7 +55,7 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("target", sorted(GRAPHS))
 def test_a_model_that_cannot_be_exported_is_one_line(target, tmp_path):
     with pytest.raises(ModelError, match="torch cannot export this model") as raised:
-        GRAPHS[target](Branches().eval(), (4,), tmp_path / f"m.{target}", Header(), 1e-4)
+        GRAPHS[target](Branches().eval(), one_input((4,)), tmp_path / f"m.{target}", Header(), 1e-4)
     assert "\n" not in str(raised.value)
 
 
@@ -63,7 +64,7 @@ def test_graphs_carry_the_header(tmp_path):
 
     header = Header(written_by="test", input_shape=(4,))
     for target, write in GRAPHS.items():
-        write(nn.Linear(4, 3).eval(), (4,), tmp_path / f"m.{target}", header, 1e-4)
+        write(nn.Linear(4, 3).eval(), one_input((4,)), tmp_path / f"m.{target}", header, 1e-4)
     found = {entry.key: entry.value for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
     assert Header.model_validate_json(found[KEY]) == header
     extra = {KEY: ""}

@@ -48,15 +48,23 @@ def test_kinds_and_reasons_in_a_model():
     assert layers["conv"].kind == "conv3d"
     assert layers["conv"].groups == 2
     assert layers["conv"].matrix_shape == (4, 2 * 27)
-    assert [name for name, layer in layers.items() if not layer.dense_reason] == ["linear", "renamed", "conv"]
+    assert layers["lstm.weight_ih_l0"].groups == 4
+    assert layers["attention.in_proj_weight"].groups == 3
+    assert layers["transposed"].kind == "conv_transpose2d"
+    assert [name for name, layer in layers.items() if not layer.dense_reason] == [
+        "linear",
+        "renamed",
+        "conv",
+        "lstm.weight_ih_l0",
+        "lstm.weight_hh_l0",
+        "attention.in_proj_weight",
+        "attention.out_proj",
+        "transposed",
+    ]
     expected = {
         "depthwise": "depthwise",
         "standardized": "Standardized changes what Conv2d computes",
-        "embedding": "embedding",
-        "lstm.weight_ih_l0": "recurrent",
-        "attention.in_proj_weight": "attention",
-        "attention.out_proj": "MultiheadAttention reads this weight",
-        "transposed": "conv_transpose",
+        "embedding": "embedding: a table",
         "normed.parametrizations.weight.original1": "parametrized",
     }
     for name, reason in expected.items():
@@ -120,17 +128,6 @@ def test_kinds_guessed_from_a_file():
             "may be grouped (groups=32)",
             True,
         ),
-        ([("rnn.weight_hh_l0_reverse", (32, 8))], "rnn.weight_hh_l0_reverse", "recurrent", "recurrent", False),
-        ([("attn.in_proj_weight", (24, 8))], "attn.in_proj_weight", "attention", "attention", False),
-        (
-            [("attn.in_proj_weight", (24, 8)), ("attn.out_proj.weight", (8, 8))],
-            "attn.out_proj",
-            "linear",
-            "MultiheadAttention reads",
-            False,
-        ),
-        ([("c_fc.weight", (8, 32)), ("c_fc.bias", (32,))], "c_fc", "transposed", "stored input first", False),
-        ([("up.weight", (64, 32, 2, 2)), ("up.bias", (32,))], "up", "transposed", "stored input first", False),
         ([("pos_table", (9, 8))], "pos_table", "parameter", "parameter", False),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -154,3 +151,36 @@ def test_all_parameters_with_two_dimensions_are_listed_whatever_they_are():
     model.token = nn.Parameter(torch.zeros(1, 1, 8))
     model.scale = nn.Parameter(torch.zeros(8))
     assert [layer.name for layer in layers_of_module(model)] == ["token"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "name", "kind", "groups"),
+    [
+        ([("rnn.weight_hh_l0_reverse", (32, 8))], "rnn.weight_hh_l0_reverse", "lstm", 4),
+        ([("weight_ih_l1", (24, 5)), ("weight_hh_l1", (24, 8))], "weight_ih_l1", "gru", 3),
+        ([("rnn.weight_ih_l0", (8, 5)), ("rnn.weight_hh_l0", (8, 8))], "rnn.weight_ih_l0", "rnn", 1),
+        ([("rnn.weight_hh_l0", (32, 3)), ("rnn.weight_hr_l0", (3, 8))], "rnn.weight_hh_l0", "lstm", 4),
+        ([("rnn.weight_hh_l0", (32, 3)), ("rnn.weight_hr_l0", (3, 8))], "rnn.weight_hr_l0", "lstm", 1),
+        (
+            [("attn.in_proj_weight", (24, 8)), ("attn.out_proj.weight", (8, 8))],
+            "attn.in_proj_weight",
+            "attention",
+            3,
+        ),
+        ([("attn.in_proj_weight", (24, 8)), ("attn.out_proj.weight", (8, 8))], "attn.out_proj", "attention", 1),
+        ([("q_proj_weight", (8, 8)), ("out_proj.weight", (8, 8))], "q_proj_weight", "attention", 1),
+        ([("c_fc.weight", (8, 32)), ("c_fc.bias", (32,))], "c_fc", "transposed_linear", 1),
+        (
+            [("c_fc.weight", (8, 32)), ("c_fc.bias", (32,)), ("c_proj.weight", (8, 8)), ("c_proj.bias", (8,))],
+            "c_proj",
+            "transposed_linear",
+            1,
+        ),
+        ([("up.weight", (64, 32, 2, 2)), ("up.bias", (32,))], "up", "conv_transpose2d", 1),
+        ([("up.weight", (64, 8, 2, 2)), ("up.bias", (32,))], "up", "conv_transpose2d", 4),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_kinds_that_a_file_tells_by_names_and_shapes(entries, name, kind, groups):
+    layer = guessed(*entries)[name]
+    assert (layer.kind, layer.groups, layer.dense_reason) == (kind, groups, "")

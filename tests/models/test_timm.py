@@ -9,6 +9,7 @@ from helpers import assert_close
 
 import lrconvert
 from lrconvert.errors import ModelError, UnknownNameError, UsageError
+from lrconvert.inputs import one_input
 from lrconvert.layers import LowRank
 from lrconvert.models import find_architecture
 
@@ -97,15 +98,15 @@ def test_onnx_is_equal_to_the_network(network, tmp_path):
 def test_a_name_may_carry_the_tag_of_its_weights():
     plain = find_architecture("timm/vit_tiny_patch16_224")
     tagged = find_architecture("timm/vit_tiny_patch16_224.augreg_in21k", {"depth": 1})
-    assert plain.input_shape == tagged.input_shape == (3, 224, 224)
+    assert plain.inputs == tagged.inputs == one_input((3, 224, 224))
     assert tagged.build().head.out_features == 21_843
-    assert find_architecture("timm/vit_tiny_patch16_384.augreg_in21k_ft_in1k").input_shape == (3, 384, 384)
+    assert find_architecture("timm/vit_tiny_patch16_384.augreg_in21k_ft_in1k").inputs == one_input((3, 384, 384))
 
 
 def test_arguments_change_the_input_shape():
-    assert find_architecture("timm/convnext_atto", {"in_chans": 1}).input_shape == (1, 224, 224)
-    assert find_architecture("timm/vit_tiny_patch16_224", {"img_size": 64}).input_shape == (3, 64, 64)
-    assert find_architecture("timm/vit_tiny_patch16_224", {"img_size": [32, 64]}).input_shape == (3, 32, 64)
+    assert find_architecture("timm/convnext_atto", {"in_chans": 1}).inputs == one_input((1, 224, 224))
+    assert find_architecture("timm/vit_tiny_patch16_224", {"img_size": 64}).inputs == one_input((3, 64, 64))
+    assert find_architecture("timm/vit_tiny_patch16_224", {"img_size": [32, 64]}).inputs == one_input((3, 32, 64))
 
 
 def test_unknown_names_are_answered_with_near_ones():

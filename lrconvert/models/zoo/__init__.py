@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lrconvert.errors import UnknownNameError
+from lrconvert.inputs import one_input
 from lrconvert.models.architecture import Architecture
 from lrconvert.models.zoo import digits_cnn, lstm_lm, resnet18_cifar, transformer, vgg19_bn_cifar
 
@@ -28,4 +29,4 @@ def architecture(name: str, args: Mapping[str, Any]) -> Architecture:
     if name not in ZOO:
         raise UnknownNameError("zoo model", name, ZOO)
     factory, input_shape = ZOO[name]
-    return Architecture(f"zoo/{name}", dict(args), factory, input_shape)
+    return Architecture(f"zoo/{name}", dict(args), factory, one_input(input_shape))
