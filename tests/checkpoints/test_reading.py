@@ -176,12 +176,11 @@ def test_a_pickled_module_is_refused_with_the_way_out(tmp_path, legacy):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_other_archives_are_named(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "m.pt")
-    with pytest.raises(CheckpointError, match="a TorchScript archive"):
+    with pytest.raises(CheckpointError, match=r"a TorchScript archive.*torch\.jit\.load\('m\.pt'\)\.state_dict\(\)"):
         open_checkpoint(tmp_path / "m.pt")
-    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
-    torch.export.save(program, tmp_path / "m.pt2")
-    with pytest.raises(CheckpointError, match=r"a torch\.export archive"):
-        open_checkpoint(tmp_path / "m.pt2")
+    # and the way out that the message names works
+    torch.save(torch.jit.load(tmp_path / "m.pt").state_dict(), tmp_path / "weights.pt")
+    assert set(open_checkpoint(tmp_path / "weights.pt").tensors) == {"weight", "bias"}
     with zipfile.ZipFile(tmp_path / "z.pt", "w") as archive:
         archive.writestr("hello.txt", "hello")
     with pytest.raises(CheckpointError, match=r"not one that torch\.save wrote"):
@@ -220,9 +219,9 @@ def test_truncated_files(tmp_path, name, keep):
         open_checkpoint(path)
 
 
-def test_sparse_and_quantized_tensors_are_refused(tmp_path):
+def test_sparse_tensors_are_refused(tmp_path):
     torch.save({"w": torch.eye(3).to_sparse()}, tmp_path / "m.pt")
-    with pytest.raises(CheckpointError, match="'w' is sparse or quantized"):
+    with pytest.raises(CheckpointError, match=r"'w' is sparse.*\.to_dense\(\)"):
         open_checkpoint(tmp_path / "m.pt")
 
 
