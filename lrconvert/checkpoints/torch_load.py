@@ -89,25 +89,31 @@ def _load(
 def _add_stand_in(stand_ins: dict[str, type], refusal: str) -> bool:
     """Add what the weights-only reader missed; False when it refuses for another reason."""
     missing = re.search(r"GLOBAL ([\w.]+) was not an allowed global", refusal)
-    if missing and missing[1] not in stand_ins and len(stand_ins) < _MOST_CLASSES and not _is_hostile(missing[1]):
-        module, _, name = missing[1].rpartition(".")
-        stand_ins[missing[1]] = type(name, (Opaque,), {"path": missing[1], "__module__": module})
+    if missing:
+        path = _full(missing[1])
+        if path in stand_ins or len(stand_ins) >= _MOST_CLASSES or _is_hostile(path):
+            return False
+        module, _, name = path.rpartition(".")
+        stand_ins[path] = type(name, (Opaque,), {"path": path, "__module__": module})
         return True
     # Subclasses of dict and list are filled item by item, which the reader does for plain ones only.
     filled = re.search(r"Can only (SETITEM|append|extend).*but got <class '([\w.]+)'>", refusal, re.DOTALL)
-    if filled and issubclass(stand_ins.get(filled[2], object), Opaque):
+    path = _full(filled[2]) if filled else ""
+    if filled and issubclass(stand_ins.get(path, object), Opaque):
         plain = dict if filled[1] == "SETITEM" else list
-        name = filled[2].rpartition(".")[2]
-        stand_ins[filled[2]] = type(name, (), {"__new__": lambda cls, *args: plain()})
+        stand_ins[path] = type(path.rpartition(".")[2], (), {"__new__": lambda cls, *args: plain()})
         return True
     return False
 
 
+def _full(path: str) -> str:
+    """With its module: torch's messages leave that of builtins out."""
+    return path if "." in path else f"builtins.{path}"
+
+
 def _is_hostile(path: str) -> bool:
     module, _, name = path.rpartition(".")
-    return module.split(".")[0] in _HOSTILE_MODULES or (
-        module in ("builtins", "__builtin__") and name in _HOSTILE_BUILTINS
-    )
+    return module.split(".")[0] in _HOSTILE_MODULES or (module == "builtins" and name in _HOSTILE_BUILTINS)
 
 
 def _explain(where: str, error: pickle.UnpicklingError, stand_ins: dict[str, type]) -> CheckpointError:

@@ -111,24 +111,24 @@ def _described(key: Any, value: Any) -> str:
 
 
 def _at(content: Any, key: str, where: str) -> Any:
-    """What `content` holds under a key, or under keys joined by dots."""
-    found, rest = content, key
-    while rest:
-        whole = isinstance(found, Mapping) and rest in found
-        part, _, after = (rest, "", "") if whole else rest.partition(".")
-        if not isinstance(found, Mapping) or part not in found:
-            break
-        found, rest = found[part], after
-    if rest or not isinstance(found, Mapping):
-        known = (
-            [str(name) for name, value in content.items() if _holds_tensors(value)]
-            if isinstance(content, Mapping)
-            else []
-        )
-        raise UsageError(
-            f"{where}: no state dict under '{key}'; known: {', '.join(known) or 'none, it is not wrapped'}"
-        )
+    """What `content` holds under a key, or under keys joined by dots; keys may have dots of their own."""
+    found = _descend(content, key)
+    if not isinstance(found, Mapping):
+        items = content.items() if isinstance(content, Mapping) else ()
+        known = ", ".join(str(name) for name, value in items if _holds_tensors(value))
+        raise UsageError(f"{where}: no state dict under '{key}'; known: {known or 'none, it is not wrapped'}")
     return found
+
+
+def _descend(content: Any, key: str) -> Any:
+    if not key or not isinstance(content, Mapping):
+        return None if key else content
+    for name, value in content.items():
+        if key == name or key.startswith(f"{name}."):
+            found = _descend(value, key[len(str(name)) + 1 :])
+            if found is not None:
+                return found
+    return None
 
 
 def _is_weights(key: str) -> bool:
