@@ -24,6 +24,11 @@ __all__ = ["KEY", "Checkpoint", "Header", "check_output", "fitted", "open_checkp
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+# Files of other worlds that people try, by how they start.
+FOREIGN = {
+    b"GGUF": "a GGUF file, made for llama.cpp and mostly quantized; factorize the checkpoint that it was made from",
+    b"\x89HDF": "an HDF5 file of Keras or TensorFlow; give the network's PyTorch checkpoint (.safetensors or .pt)",
+}
 
 
 def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
@@ -44,9 +49,8 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     if key is not None and checkpoint.format not in ("torch", "pt2"):
-        raise UsageError(
-            f"{path}: holds one state dict, not wrapped in anything: --checkpoint-key would change nothing"
-        )
+        where = "one torch file: name it" if checkpoint.format == "folder" else "files of torch.save, and this is none"
+        raise UsageError(f"{path}: --checkpoint-key chooses within {where}")
     quantized = find_quantized(checkpoint.tensors, _folder_of(checkpoint) if checkpoint.format == "folder" else None)
     return replace(checkpoint, quantized=quantized)
 
@@ -64,6 +68,9 @@ def _open(path: Path, key: str | None) -> Checkpoint:
         start = file.read(9)
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return read_safetensors(path)
+    for magic, what in FOREIGN.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{path}: {what}")
     if path.suffix == ".onnx":
         raise CheckpointError(f"{path}: ONNX graphs are not read yet; give the checkpoint it was exported from")
     if zipfile.is_zipfile(path) and is_pt2(names_in_zip(path)):

@@ -53,7 +53,8 @@ def fitted(checkpoint: Checkpoint, wanted: Collection[str]) -> Checkpoint:
         found = len(wanted & _apply(have, prefix).keys())
         if found > most:
             best, most = prefix, found
-    if not best:
+    if not best or 2 * most < len(wanted):
+        # Another network altogether: its own names are the ones to speak of.
         return checkpoint
     renamed = {old: new for new, old in _apply(have, best).items()}
     kept = {key: renamed[key] for key in checkpoint.tensors if key in renamed}

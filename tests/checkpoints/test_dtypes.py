@@ -118,7 +118,7 @@ def test_complex_weights_stay_dense_and_it_is_said(tmp_path, cli, dtype, known):
     (tmp_path / "net.py").write_text(
         "import torch\ndef build():\n"
         "    net = torch.nn.ModuleDict({name: torch.nn.Linear(32, 32, bias=False) for name in 'abc'})\n"
-        f"    net['b'].to({dtype})\n    return net\n"
+        f"    net['b'].weight = torch.nn.Parameter(net['b'].weight.to({dtype}))\n    return net\n"
     )
     named = ("--model", f"{tmp_path / 'net.py'}:build") if known else ()
     analyzed = json.loads(cli("analyze", tmp_path / "m.pt", "--json", *named).out)

@@ -126,7 +126,10 @@ def test_legacy_files_are_read_whole_and_it_is_said(tmp_path):
     torch.save(dict(STATE), tmp_path / "m.pt", _use_new_zipfile_serialization=False)
     checkpoint = open_checkpoint(tmp_path / "m.pt")
     same(checkpoint, STATE)
-    assert any("before 1.6" in note for note in checkpoint.notes)
+    assert "written by torch before 1.6: read whole, not a tensor at a time; torch.save it again" in checkpoint.notes
+    # and so it goes away
+    torch.save({key: ref.read() for key, ref in checkpoint.tensors.items()}, tmp_path / "m.pt")
+    assert not open_checkpoint(tmp_path / "m.pt").notes
 
 
 def test_dtypes_of_the_table_are_those_of_the_library(tmp_path):
@@ -185,6 +188,13 @@ def test_other_archives_are_named(tmp_path):
         archive.writestr("hello.txt", "hello")
     with pytest.raises(CheckpointError, match=r"not one that torch\.save wrote"):
         open_checkpoint(tmp_path / "z.pt")
+
+
+def test_files_of_other_worlds_are_named(tmp_path):
+    for start, named in ((b"GGUF\x03\0\0\0", "a GGUF file"), (b"\x89HDF\r\n\x1a\n", "an HDF5 file of Keras")):
+        (tmp_path / "m.bin").write_bytes(start + bytes(100))
+        with pytest.raises(CheckpointError, match=named):
+            open_checkpoint(tmp_path / "m.bin")
 
 
 def test_missing_empty_and_meaningless_files(tmp_path):

@@ -274,8 +274,17 @@ def test_a_key_where_nothing_is_wrapped(tmp_path):
     with pytest.raises(UsageError, match="no state dict under 'ema'; known: none, it is not wrapped"):
         open_checkpoint(tmp_path / "m.pt", "ema")
     save_file(network().state_dict(), tmp_path / "m.safetensors")
-    with pytest.raises(UsageError, match="--checkpoint-key would change nothing"):
+    with pytest.raises(UsageError, match=r"files of torch\.save, and this is none"):
         open_checkpoint(tmp_path / "m.safetensors", "ema")
+    (tmp_path / "m.pt").unlink()
+    with pytest.raises(UsageError, match="chooses within one torch file: name it"):
+        open_checkpoint(tmp_path, "ema")
+
+
+def test_another_network_keeps_its_names(tmp_path):
+    torch.save({"backbone.0.weight": torch.ones(3, 3), "head.weight": torch.ones(3, 3)}, tmp_path / "m.pt")
+    checkpoint = open_checkpoint(tmp_path / "m.pt")
+    assert fitted(checkpoint, network().state_dict()) is checkpoint
 
 
 class Runs:
