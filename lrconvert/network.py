@@ -1,21 +1,23 @@
 """The network a job works on: its tensors, its layers in order, and what a forward pass showed of it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lrconvert.checkpoints import Checkpoint, open_checkpoint
+from lrconvert.checkpoints import Checkpoint, fitted, open_checkpoint
+from lrconvert.checkpoints.quantized import describe
 from lrconvert.cost import Trace, trace
-from lrconvert.errors import ModelError
+from lrconvert.errors import CheckpointError, ModelError
 from lrconvert.factorization import merging
 from lrconvert.inputs import Inputs, one_input
 from lrconvert.layers import LAYOUTS, Layer
 from lrconvert.layers.survey import layers_of_module, layers_of_tensors, tied_names
 from lrconvert.models import Architecture, find_architecture
+from lrconvert.patterns import first_match
 from lrconvert.plan import Order
 from lrconvert.rewrite import layout_of
 from lrconvert.surgery import reshape
@@ -53,6 +55,9 @@ class Network:
     notes: tuple[str, ...] = ()
 
 
+# Kinds of weights that have no singular values to speak of.
+NOT_REAL = frozenset({"quantized", "complex", "integer"})
+
 Source = str | Path | Checkpoint | nn.Module | Network
 
 
@@ -87,7 +92,12 @@ def open_network(
     architecture = architecture_of(checkpoint, model, model_args)
     if architecture is None:
         return _from_file_alone(network)
-    module = fit(architecture.build(), checkpoint, architecture.name)
+    if checkpoint.quantized:
+        raise CheckpointError(describe(checkpoint.path, checkpoint.quantized))
+    dense = architecture.build()
+    checkpoint = fitted(checkpoint, dense.state_dict())
+    network = replace(network, tensors=checkpoint.tensors, checkpoint=checkpoint, notes=checkpoint.notes)
+    module = fit(dense, checkpoint, architecture.name)
     header = checkpoint.header
     inputs = one_input(input_shape or (header.input_shape if header else None)) or architecture.inputs
     return _with_module(replace(network, architecture=architecture), module, inputs)
@@ -152,9 +162,46 @@ def _check_match(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: 
         raise ModelError(f"the checkpoint does not match {name}: {'; '.join(parts)}; is this the right --model?")
 
 
+def refuse_quantized(network: Network, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
+    """Raise CheckpointError when layers that the patterns choose are stored quantized, embeddings aside."""
+    checkpoint = network.checkpoint
+    chosen = {
+        name: layer
+        for name, layer in (checkpoint.quantized if checkpoint else {}).items()
+        if (not include or first_match(include, name)) and not first_match(exclude, name) and not _is_embedding(name)
+    }
+    if chosen:
+        raise CheckpointError(f"{describe(network.name, chosen)}; --exclude leaves these layers as they are")
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether the layer `name` would stay dense by its name alone; the shape of its codes says nothing."""
+    return layers_of_tensors({f"{name}.weight": (2, 2)})[0].kind == "embedding"
+
+
+def _by_dtype(layer: Layer, network: Network) -> Layer:
+    """`layer`, kept dense when its weight is not made of real numbers."""
+    ref = network.tensors.get(layer.weight)
+    for quantized in network.checkpoint.quantized.values() if network.checkpoint else ():
+        if quantized.weight == layer.weight:
+            return replace(layer, kind="quantized", dense_reason=f"quantized by {quantized.method}", guess=False)
+    if ref is None or ref.dtype.is_floating_point:
+        return layer
+    kind = "complex" if ref.dtype.is_complex else "integer"
+    return replace(layer, kind=kind, dense_reason=f"{kind} numbers: only real weights are factorized", guess=False)
+
+
 def _from_file_alone(network: Network) -> Network:
-    shapes = {key: ref.shape for key, ref in network.tensors.items() if ref.dtype.is_floating_point}
-    layers = tuple(_tied(layer, network.tensors) for layer in layers_of_tensors(shapes))
+    tensors = network.tensors
+    shapes = {key: ref.shape for key, ref in tensors.items() if ref.dtype.is_floating_point or ref.dtype.is_complex}
+    layers = tuple(_tied(_by_dtype(layer, network), tensors) for layer in layers_of_tensors(shapes))
+    # Listed, so that patterns can name them, and reports say why they stay as they are.
+    codes = network.checkpoint.quantized.items() if network.checkpoint else ()
+    layers += tuple(
+        _by_dtype(Layer(name, layer.weight, "quantized", tensors[layer.weight].shape, evidence="shape"), network)
+        for name, layer in codes
+        if layer.weight not in shapes
+    )
     notes = network.notes
     if len(layers) > 2 and list(shapes) == sorted(shapes):
         # As the safetensors library writes them. First and last would then be first and last in the alphabet.
@@ -191,7 +238,7 @@ def _own_shape(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def _with_module(network: Network, module: nn.Module, inputs: Inputs | None) -> Network:
-    layers = tuple(_tied(layer, network.tensors) for layer in layers_of_module(module))
+    layers = tuple(_tied(_by_dtype(layer, network), network.tensors) for layer in layers_of_module(module))
     network = replace(
         network,
         layers=layers,

@@ -60,9 +60,11 @@ def shapes_of(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
 
 
 def count_parameters(tensors: Mapping[str, TensorRef]) -> int:
-    """Parameters in a state dict: floating-point tensors that are not known buffers, shared ones counted once."""
+    """Parameters in a state dict: real and complex tensors that are not known buffers, shared ones counted once."""
     return sum(
         ref.numel
         for key, ref in tensors.items()
-        if ref.dtype.is_floating_point and not ref.alias_of and not key.endswith(_BUFFER_NAMES)
+        if (ref.dtype.is_floating_point or ref.dtype.is_complex)
+        and not ref.alias_of
+        and not key.endswith(_BUFFER_NAMES)
     )

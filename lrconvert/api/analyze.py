@@ -9,7 +9,7 @@ import torch
 from lrconvert.analysis import Analysis, Progress, analyze_layers
 from lrconvert.api.common import resolve_device
 from lrconvert.layers import Layer
-from lrconvert.network import Source, open_network
+from lrconvert.network import NOT_REAL, Source, open_network, refuse_quantized
 from lrconvert.patterns import check_patterns, first_match
 from lrconvert.report.record import AnalyzeRecord, LayerSpectrum
 from lrconvert.spectrum import Spectrum
@@ -54,6 +54,8 @@ def analyze(
         for layer in network.layers
         if (not include or first_match(include, layer.name)) and not first_match(exclude, layer.name)
     ]
+    refuse_quantized(network, include, exclude)
+    layers = [layer for layer in layers if layer.kind not in NOT_REAL]
     initial = open_network(init) if init is not None else None
     return analyze_layers(network, layers, initial, resolve_device(device), progress)
 

@@ -7,7 +7,7 @@ from typing import Any
 from lrconvert.analysis import Progress
 from lrconvert.api.common import header_for, resolve_device
 from lrconvert.api.load import load
-from lrconvert.checkpoints import open_checkpoint, write_checkpoint
+from lrconvert.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
 from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.errors import ModelError, UnknownNameError, UsageError, VerificationError
 from lrconvert.exporters import GRAPHS
@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 
 
 def export(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     output: str | Path,
     format: str,
     *,
@@ -38,7 +38,7 @@ def export(
     """Write a checkpoint in another form, and check it before it is kept.
 
     Args:
-        source: a checkpoint, dense or factorized.
+        source: path of a checkpoint, dense or factorized, or an open one.
         output: what to write.
         format: "onnx" or "pt2", the graph with its weights; "safetensors", the same tensors; "dense", the factors
             multiplied out, in the format that `output` says.
@@ -56,13 +56,14 @@ def export(
         raise UnknownNameError("export format", format, FORMATS)
     path = Path(output)
     check_writable(path, overwrite)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     if format in GRAPHS:
-        return _export_graph(source, path, format, model, model_args, input_shape, tolerance, overwrite)
-    return _export_tensors(source, path, format, overwrite, device, progress)
+        return _export_graph(checkpoint, path, format, model, model_args, input_shape, tolerance, overwrite)
+    return _export_tensors(checkpoint, path, format, overwrite, device, progress)
 
 
 def _export_graph(
-    source: str | Path,
+    checkpoint: Checkpoint,
     path: Path,
     format: str,
     model: str | None,
@@ -71,17 +72,16 @@ def _export_graph(
     tolerance: float,
     overwrite: bool,
 ) -> ExportRecord:
-    checkpoint = open_checkpoint(source)
     loaded = load(checkpoint, model, model_args=model_args)
     network = open_network(checkpoint, model, model_args, input_shape)
     if network.inputs is None:
-        raise ModelError(f"{source}: the shape of its input is not known; add --input-shape 3,224,224")
+        raise ModelError(f"{checkpoint.path}: the shape of its input is not known; add --input-shape 3,224,224")
     header = header_for(network, checkpoint.header.plan if checkpoint.header else None)
     with atomic_path(path, overwrite) as temporary:
         checked = GRAPHS[format](loaded, network.inputs, temporary, header, tolerance)
         nbytes = temporary.stat().st_size
     return ExportRecord(
-        source=str(source),
+        source=str(checkpoint.path),
         output=str(path),
         format=format,
         nbytes=nbytes,
@@ -93,14 +93,13 @@ def _export_graph(
 
 
 def _export_tensors(
-    source: str | Path, path: Path, format: str, overwrite: bool, device: str, progress: Progress | None
+    checkpoint: Checkpoint, path: Path, format: str, overwrite: bool, device: str, progress: Progress | None
 ) -> ExportRecord:
     where = resolve_device(device)
-    network = open_network(source)
-    assert network.checkpoint is not None
+    network = open_network(checkpoint)
     if format == "safetensors" and path.suffix not in (".safetensors", ""):
         raise UsageError(f"{path}: the format is safetensors, so end the output in .safetensors")
-    plan = network.checkpoint.header.plan if network.checkpoint.header else None
+    plan = checkpoint.header.plan if checkpoint.header else None
     if format == "dense" and plan is not None:
         steps, plan = merging(network.tensors, plan, where), None
     else:
@@ -109,7 +108,7 @@ def _export_tensors(
         path,
         steps,
         header_for(network, plan),
-        network.checkpoint,
+        checkpoint,
         overwrite=overwrite,
         device=where,
         progress=progress("writing", len(steps)) if progress else None,
@@ -119,5 +118,5 @@ def _export_tensors(
     if shapes_of(written.tensors) != announced:
         raise VerificationError(f"{path}: read back, its tensors are not the ones that were written")
     return ExportRecord(
-        source=str(source), output=str(path), format=format, nbytes=written.nbytes, checked_with="read back"
+        source=str(checkpoint.path), output=str(path), format=format, nbytes=written.nbytes, checked_with="read back"
     )

@@ -15,7 +15,7 @@ from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, wri
 from lrconvert.checkpoints.folder import left_behind
 from lrconvert.errors import NothingToCompressError, PlanError, UsageError
 from lrconvert.factorization import factorizing
-from lrconvert.network import Network, Source, open_network
+from lrconvert.network import Network, Source, open_network, refuse_quantized
 from lrconvert.plan import Plan, check_plan, decide, reasons_to_stay_dense, split
 from lrconvert.report.record import FactorizeRecord
 from lrconvert.surgery import check_fits, factorize_module, merge_module, plan_of
@@ -73,6 +73,7 @@ def make_plan(
     )
     network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
     _refuse_factorized(network)
+    refuse_quantized(network, include, exclude)
     network = replace(network, layers=split(network.layers, options.splits))
     reasons = reasons_to_stay_dense(network.layers, options)
     candidates = [layer for layer in network.layers if layer.name not in reasons]
@@ -151,6 +152,7 @@ def factorize(
         raise UsageError(f"{', '.join(settings)}: a finished plan takes no more settings")
     else:
         check_plan(plan, shapes_of(network.tensors))
+        refuse_quantized(network, [layer.name for layer in plan.low_rank])
         if network.module is not None:
             check_fits(network.module, plan)
         plan = _with_errors(plan, network, where, progress)
@@ -219,11 +221,6 @@ def _why_nothing(plan: Plan, network: Network) -> str:
     return f"{network.name}: no layer to factorize ({shown}); try another rule, --keep-first 0, or --include LAYER"
 
 
-def _left_behind(network: Network) -> tuple[str, ...]:
-    names = left_behind(network.checkpoint) if network.checkpoint else ()
-    return (f"other copies of the dense weights, not carried over: {', '.join(names)}",) if names else ()
-
-
 def _record(network: Network, plan: Plan, output: Path | None, seconds: float) -> FactorizeRecord:
     rows = layer_decisions(plan, network)
     macs = network.trace.macs if network.trace else None
@@ -241,6 +238,6 @@ def _record(network: Network, plan: Plan, output: Path | None, seconds: float) -
         nbytes_before=network.checkpoint.nbytes if network.checkpoint else None,
         nbytes_after=open_checkpoint(output).nbytes if output else None,
         seconds=seconds if output else None,
-        notes=(*network.notes, *_left_behind(network)),
+        notes=(*network.notes, *(left_behind(network.checkpoint) if network.checkpoint else ())),
         layers=rows,
     )

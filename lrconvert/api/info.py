@@ -3,18 +3,23 @@
 from pathlib import Path
 
 from lrconvert.api.common import layer_decisions
-from lrconvert.checkpoints import open_checkpoint
+from lrconvert.checkpoints import Checkpoint, open_checkpoint
+from lrconvert.checkpoints.quantized import describe
 from lrconvert.report.record import InfoRecord
 from lrconvert.tensors import count_parameters
 
 
-def info(source: str | Path) -> InfoRecord:
+def info(source: str | Path | Checkpoint) -> InfoRecord:
     """Describe a checkpoint: its format, its size and, if lrconvert wrote it, its plan.
+
+    Args:
+        source: path of a checkpoint, or an open one.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    quantized = (describe("quantized", checkpoint.quantized),) if checkpoint.quantized else ()
     header, plan = checkpoint.header, checkpoint.header.plan if checkpoint.header else None
     # A file alone cannot tell parameters from buffers; the header knows how many there were.
     known = header.parameters if header else None
@@ -25,9 +30,9 @@ def info(source: str | Path) -> InfoRecord:
             dense[layer.reason] = dense.get(layer.reason, 0) + 1
     rows = layer_decisions(plan, None) if plan else ()
     return InfoRecord(
-        source=str(source),
+        source=str(checkpoint.path),
         format=checkpoint.format,
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *quantized),
         nbytes=checkpoint.nbytes,
         num_tensors=len(checkpoint.tensors),
         num_params=num_params,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lrconvert.api.common import WRITTEN_BY
-from lrconvert.checkpoints import Checkpoint, Header, open_checkpoint, write_checkpoint
+from lrconvert.checkpoints import Checkpoint, Header, fitted, open_checkpoint, write_checkpoint
 from lrconvert.errors import ModelError, UsageError
 from lrconvert.layers.survey import tied_names
 from lrconvert.models import Architecture
@@ -45,6 +45,7 @@ def load(
     if isinstance(model, nn.Module):
         if model_args:
             raise UsageError("model_args go with the name of an architecture, not with a live model")
+        checkpoint = fitted(checkpoint, model.state_dict())
         return _fill(fit(model, checkpoint, type(model).__name__), checkpoint)
     architecture = architecture_of(checkpoint, model, model_args)
     if architecture is None:
@@ -86,7 +87,9 @@ def save(
 
 
 def _build(architecture: Architecture, checkpoint: Checkpoint) -> nn.Module:
-    model = _fill(fit(architecture.build(), checkpoint, architecture.name), checkpoint)
+    model = architecture.build()
+    checkpoint = fitted(checkpoint, model.state_dict())
+    model = _fill(fit(model, checkpoint, architecture.name), checkpoint)
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         # Buffers that are computed by the constructor and not saved: only a real constructor makes them.

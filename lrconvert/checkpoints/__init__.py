@@ -1,7 +1,9 @@
 """Reading checkpoints lazily and writing them atomically: one file per format, and here the choice between them."""
 
 import json
+import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,31 +12,50 @@ from lrconvert.checkpoints import folder
 from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.checkpoints.checkpoint import Checkpoint
 from lrconvert.checkpoints.header import KEY, Header
+from lrconvert.checkpoints.prefix import fitted, without_wrappers
+from lrconvert.checkpoints.pt2_file import is_pt2, read_pt2
+from lrconvert.checkpoints.quantized import find_quantized
 from lrconvert.checkpoints.safetensors_file import read_safetensors, write_safetensors
-from lrconvert.checkpoints.torch_file import read_torch, write_torch
+from lrconvert.checkpoints.torch_file import names_in_zip, read_torch, write_torch
 from lrconvert.errors import CheckpointError, OutputExistsError, UsageError
 from lrconvert.rewrite import CPU, Rewrite, aliases_of, layout_of, run
 
-__all__ = ["KEY", "Checkpoint", "Header", "check_output", "open_checkpoint", "write_checkpoint"]
+__all__ = ["KEY", "Checkpoint", "Header", "check_output", "fitted", "open_checkpoint", "write_checkpoint"]
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+# Files of other worlds that people try, by how they start.
+FOREIGN = {
+    b"GGUF": "a GGUF file, made for llama.cpp and mostly quantized; factorize the checkpoint that it was made from",
+    b"\x89HDF": "an HDF5 file of Keras or TensorFlow; give the network's PyTorch checkpoint (.safetensors or .pt)",
+}
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     """Open a checkpoint: a file, an index of shards, or a folder. No tensor is read and no code is run.
+
+    Args:
+        path: file or folder.
+        key: which state dict, in a file that wraps one or several ("state_dict", "model.ema"); without it the
+            averaged weights are taken where there are any.
 
     Raises:
         CheckpointError: it is missing, damaged, or of a kind that lrconvert does not read.
+        UsageError: there is no state dict under `key`.
     """
     path = Path(path)
     try:
-        return _open(path)
+        checkpoint = without_wrappers(_open(path, key))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if key is not None and checkpoint.format not in ("torch", "pt2"):
+        where = "one torch file: name it" if checkpoint.format == "folder" else "files of torch.save, and this is none"
+        raise UsageError(f"{path}: --checkpoint-key chooses within {where}")
+    quantized = find_quantized(checkpoint.tensors, _folder_of(checkpoint) if checkpoint.format == "folder" else None)
+    return replace(checkpoint, quantized=quantized)
 
 
-def _open(path: Path) -> Checkpoint:
+def _open(path: Path, key: str | None) -> Checkpoint:
     if path.is_dir():
         return folder.read_folder(path)
     if not path.is_file():
@@ -47,9 +68,14 @@ def _open(path: Path) -> Checkpoint:
         start = file.read(9)
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return read_safetensors(path)
+    for magic, what in FOREIGN.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{path}: {what}")
     if path.suffix == ".onnx":
         raise CheckpointError(f"{path}: ONNX graphs are not read yet; give the checkpoint it was exported from")
-    return read_torch(path)
+    if zipfile.is_zipfile(path) and is_pt2(names_in_zip(path)):
+        return read_pt2(path, key)
+    return read_torch(path, key)
 
 
 def check_output(path: Path, source: Checkpoint | None, overwrite: bool) -> None:
@@ -64,6 +90,11 @@ def check_output(path: Path, source: Checkpoint | None, overwrite: bool) -> None
         if path.is_dir():
             raise OutputExistsError(f"{path} is a folder; choose another output")
         return
+    if path.suffix == ".pt2":
+        raise UsageError(
+            f"{path}: a graph is not rewritten: write {path.stem}.safetensors, then turn that into a graph with "
+            "lrconvert export --format pt2"
+        )
     if source is None or source.format != "folder":
         raise UsageError(f"{path}: end the output in {' or '.join(FILE_SUFFIXES[:2])} to choose its format")
     if path.resolve().is_relative_to(_folder_of(source).resolve()):
@@ -121,7 +152,8 @@ def write_checkpoint(
         steps = [step for step in steps if not shared.keys() & step.outputs.keys()]
     with atomic_path(path, overwrite) as temporary:
         if path.suffix == ".safetensors":
-            write_safetensors(temporary, layout_of(steps), run(steps, device, progress), header)
+            metadata = source.metadata if source is not None else None
+            write_safetensors(temporary, layout_of(steps), run(steps, device, progress), header, metadata)
         elif path.suffix in TORCH_SUFFIXES:
             write_torch(temporary, run(steps, device, progress), order, header)
         else:
@@ -145,7 +177,7 @@ def _write_folder(
     for number, group in enumerate(groups, start=1):
         name = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         layout = layout_of(group)
-        write_safetensors(path / name, layout, run(group, device, progress), header)
+        write_safetensors(path / name, layout, run(group, device, progress), header, source.metadata)
         weight_map.update(dict.fromkeys(layout, name))
         total += sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
     if len(groups) > 1:

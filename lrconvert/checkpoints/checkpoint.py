@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lrconvert.checkpoints.header import Header
+from lrconvert.checkpoints.quantized import Quantized
 from lrconvert.tensors import TensorRef
 
 
@@ -24,11 +25,15 @@ class Checkpoint:
 
     Attributes:
         path: the file or folder that was asked for.
-        format: "safetensors", "torch" or "folder".
+        format: "safetensors", "torch", "pt2" or "folder".
         tensors: key to tensor, in the order of the file.
         header: what lrconvert wrote into it, if lrconvert wrote it.
         notes: what was done to get at the state dict, for the report.
         files: the files that hold the tensors, each with its keys.
+        metadata: other entries of a safetensors file's own metadata, to be carried over.
+        likely_prefixes: what its writer may have put before every key.
+        prefix: what was taken off every key, though it may have been the model's.
+        quantized: layers whose weights are codes, by name.
     """
 
     path: Path
@@ -37,6 +42,10 @@ class Checkpoint:
     header: Header | None = None
     notes: tuple[str, ...] = ()
     files: dict[Path, tuple[str, ...]] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    likely_prefixes: tuple[str, ...] = ("module.",)
+    prefix: str = ""
+    quantized: dict[str, Quantized] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

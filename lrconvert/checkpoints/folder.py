@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lrconvert.checkpoints.checkpoint import Checkpoint, with_shared
@@ -21,8 +23,19 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 # Copies of the dense weights in other formats: a factorized folder must not carry them along.
-_GRAPH_FOLDERS = ("onnx", "openvino", "coreml")
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot")
+_WEIGHTS = tuple(
+    f"*.{suffix}"
+    for suffix in (
+        *("safetensors", "bin", "pt", "pth", "ckpt", "pt2", "h5", "keras", "msgpack", "npz", "ot", "gguf", "ggml"),
+        *("onnx", "onnx_data", "onnx.data", "tflite", "mlmodel", "mlpackage", "engine", "data-00000-of-*", "ckpt.*"),
+    )
+)
+# The other half of OpenVINO's weights, which are a .bin.
+_GRAPHS = ("openvino*.xml",)
+# Folders that hold nothing else: exported graphs, Meta's own format, and what training saves on its way.
+_FOLDERS = ("onnx", "openvino", "coreml", "tflite", "original", "checkpoint-*", "global_step*")
+# What training saves to go on from; it fits the dense parameters only.
+_TRAINING = ("optimizer*", "scheduler*", "scaler.pt", "rng_state*", "random_states*", "training_args.bin")
 INDEX = ".index.json"
 
 
@@ -40,7 +53,7 @@ def read_folder(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: {what} in this folder; name the file to read")
         found = single[0]
     inner = read_index(found) if found.name.endswith(INDEX) else _read_file(found)
-    return Checkpoint(path, "folder", inner.tensors, inner.header, inner.notes, inner.files)
+    return replace(inner, path=path, format="folder")
 
 
 def read_index(path: Path) -> Checkpoint:
@@ -72,7 +85,7 @@ def read_index(path: Path) -> Checkpoint:
     tensors = with_shared(tensors, shared)
     weight_map |= {key: weight_map[original] for key, original in shared.items() if original in weight_map}
     files = {path.parent / name: tuple(key for key, where in weight_map.items() if where == name) for name in shards}
-    return Checkpoint(path, "folder", tensors, first.header, first.notes, files)
+    return Checkpoint(path, "folder", tensors, first.header, first.notes, files, first.metadata)
 
 
 def _read_file(path: Path) -> Checkpoint:
@@ -90,25 +103,24 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def left_behind(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Names of the dense network's copies in a folder that are not read, and not carried over either."""
+    """Notes on what is in a folder, is not read, and is not carried over either."""
     if checkpoint.format != "folder" or not checkpoint.path.is_dir():
         return ()
     read = {path.name for path in checkpoint.files}
-    return tuple(
-        sorted(
-            path.name
-            for path in _dense_copies(checkpoint.path)
-            if path.name not in read and not path.name.endswith(INDEX)
-        )
-    )
+    names = sorted(path.name for path in _dense_copies(checkpoint.path) if path.name not in read)
+    names = [name for name in names if not name.endswith(INDEX)]
+    training = [name for name in names if any(fnmatchcase(name, pattern) for pattern in _TRAINING)]
+    copies = [name for name in names if name not in training]
+    found = {"other copies of the dense weights": copies, "training state of the dense network": training}
+    return tuple(f"{what}, not carried over: {', '.join(some)}" for what, some in found.items() if some)
 
 
 def _dense_copies(folder: Path) -> set[Path]:
-    """Weight files at the top of a folder, their indexes, and folders of exported graphs. Folders below hold parts of
+    """Weight files at the top of a folder, their indexes, and folders of nothing else. Other folders hold parts of
     their own (sentence-transformers' Dense layers), and stay.
     """
-    files = {path for pattern in (*_WEIGHTS, f"*{INDEX}") for path in folder.glob(pattern)}
-    return files | {folder / name for name in _GRAPH_FOLDERS if (folder / name).is_dir()}
+    files = {path for pattern in (*_WEIGHTS, *_GRAPHS, f"*{INDEX}") for path in folder.glob(pattern)}
+    return files | {path for pattern in _FOLDERS for path in folder.glob(pattern) if path.is_dir()}
 
 
 def write_card(path: Path, header: Header) -> None:

@@ -30,6 +30,9 @@ DTYPES = {
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -52,10 +55,12 @@ def read_safetensors(path: Path) -> Checkpoint:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
     header = read_header(metadata, str(path))
+    other = {key: value for key, value in (metadata or {}).items() if key not in ("format", KEY)}
     # The library's own save_model leaves a tied tensor out and notes the key that it kept.
-    noted = {key: kept for key, kept in (metadata or {}).items() if key != "format"}
+    noted = {key: kept for key, kept in other.items() if kept in tensors and key not in tensors}
     tensors = with_shared(tensors, header.shared if header else noted)
-    return Checkpoint(path, "safetensors", tensors, header, files={path: tuple(tensors)})
+    other = {key: value for key, value in other.items() if key not in noted}
+    return Checkpoint(path, "safetensors", tensors, header, files={path: tuple(tensors)}, metadata=other)
 
 
 def _ref(path: Path, key: str, file: safe_open) -> TensorRef:
@@ -78,6 +83,7 @@ def write_safetensors(
     layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     tensors: Iterable[tuple[str, Tensor]],
     header: Header | None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file in one pass over `tensors`.
 
@@ -86,12 +92,14 @@ def write_safetensors(
         layout: (shape, dtype) of every tensor by key, in the order of the file.
         tensors: (key, tensor), each key of `layout` once, in any order.
         header: goes into the metadata.
+        metadata: more entries of the metadata, from the file that this one is made from.
     """
     # The largest element size first keeps every tensor aligned, as the safetensors library writes them.
     ordered = sorted(layout.items(), key=lambda item: -item[1][1].itemsize)
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    about = {**(metadata or {}), "format": "pt"}
     if header is not None:
-        entries["__metadata__"] = {"format": "pt", KEY: header.model_dump_json(exclude_defaults=True)}
+        about[KEY] = header.model_dump_json(exclude_defaults=True)
+    entries: dict[str, object] = {"__metadata__": about}
     offsets: dict[str, int] = {}
     end = 0
     for key, (shape, dtype) in ordered:

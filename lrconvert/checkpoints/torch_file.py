@@ -6,11 +6,8 @@ format can only be read whole.
 """
 
 import contextlib
-import pickle
-import re
-import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +17,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrconvert.checkpoints.checkpoint import Checkpoint
 from lrconvert.checkpoints.header import KEY, Header, read_header
+from lrconvert.checkpoints.quantized import Quantized, describe
+from lrconvert.checkpoints.strided import strided_reader
+from lrconvert.checkpoints.torch_load import load_inert, pickled
 from lrconvert.checkpoints.unwrap import unwrap
 from lrconvert.errors import CheckpointError, UnsafeCheckpointError
 from lrconvert.tensors import TensorRef, refs_of
 
-_SAVE_AGAIN = "in the program that made it, write torch.save(model.state_dict(), path)"
 
-
-def read_torch(path: Path) -> Checkpoint:
+def read_torch(path: Path, key: str | None = None) -> Checkpoint:
     """Open a file written by torch.save.
+
+    Args:
+        path: the file.
+        key: the key of the state dict in it, where the user chose one.
 
     Raises:
         UnsafeCheckpointError: reading it would run code.
         CheckpointError: it is damaged, holds no state dict, or is of a kind that lrconvert does not read.
+        UsageError: there is no state dict under `key`.
     """
     in_zip = zipfile.is_zipfile(path)
     if not in_zip and _starts_like_a_zip(path):
@@ -41,45 +44,40 @@ def read_torch(path: Path) -> Checkpoint:
         _refuse_other_archives(path)
     lazy = in_zip
     try:
-        content = _load(path, FakeTensorMode() if lazy else contextlib.nullcontext())
+        content, unopened = load_inert(path, str(path), FakeTensorMode() if lazy else contextlib.nullcontext())
     except UnsafeCheckpointError:
         raise
     except CheckpointError:
         if not lazy:
             raise
-        # Some tensors (sparse ones) have no fake form. The file may be whole all the same.
-        lazy, content = False, _load(path, contextlib.nullcontext())
-    state, notes = unwrap(content, str(path))
-    for key, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise CheckpointError(f"{path}: '{key}' is sparse or quantized; only plain tensors can be factorized")
+        # Some tensors (sparse and quantized ones) have no fake form. The file may be whole all the same.
+        lazy = False
+        content, unopened = load_inert(path, str(path), contextlib.nullcontext())
+    _refuse_packed(path, content)
+    try:
+        state, notes = unwrap(content, str(path), key)
+    except UnsafeCheckpointError:
+        raise
+    except CheckpointError:
+        if unopened:
+            raise pickled(str(path), unopened[0]) from None
+        raise
+    for name, tensor in state.items():
+        _refuse_special(path, name, tensor)
     metadata = content if isinstance(content, dict) else {}
     header = read_header(metadata, str(path))
     tensors = _lazy(path, state) if lazy else refs_of(state)
+    if unopened:
+        shown = ", ".join(unopened[:3]) + (f", … ({len(unopened)} in all)" if len(unopened) > 3 else "")
+        notes = (*notes, f"not opened, since that would run code: {shown}")
     if not in_zip:
-        notes = (*notes, "written by torch before 1.6: read whole, not a tensor at a time")
+        notes = (*notes, "written by torch before 1.6: read whole, not a tensor at a time; torch.save it again")
     weights, size = sum(ref.nbytes for ref in tensors.values() if not ref.alias_of), path.stat().st_size
     if size - weights > max(0.1 * size, 1e6):
         notes = (*notes, f"{weights:,} of the file's {size:,} bytes are its weights")
-    return Checkpoint(path, "torch", tensors, header, notes, {path: tuple(tensors)})
-
-
-def _load(path: Path, mode: contextlib.AbstractContextManager[Any]) -> Any:
-    """What torch.load returns in `mode`, with every failure in one line."""
-    try:
-        with mode, warnings.catch_warnings():
-            # torch warns of what it then refuses, or of costs that do not arise here.
-            warnings.simplefilter("ignore")
-            return torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise _explain(path, error) from None
-    except Exception as error:
-        # Anything may come out of a damaged pickle: an index out of range, a missing attribute, no memory. Only
-        # torch's own errors say more than that.
-        reason = f" ({str(error).splitlines()[0]})" if isinstance(error, RuntimeError) and str(error) else ""
-        raise CheckpointError(
-            f"{path}: not a torch file, or a damaged one{reason}; download or copy it again"
-        ) from None
+    # Lightning saves the module that trains, and the network is its attribute, most often called so.
+    likely = ("model.", "module.") if "pytorch-lightning_version" in metadata else ("module.",)
+    return Checkpoint(path, "torch", tensors, header, notes, {path: tuple(tensors)}, likely_prefixes=likely)
 
 
 def _lazy(path: Path, state: dict[str, Tensor]) -> dict[str, TensorRef]:
@@ -87,31 +85,13 @@ def _lazy(path: Path, state: dict[str, Tensor]) -> dict[str, TensorRef]:
     refs: dict[str, TensorRef] = {}
     seen: dict[tuple[object, ...], str] = {}
     for key, fake in state.items():
-        place = (fake.untyped_storage()._checkpoint_offset, fake.storage_offset(), fake.shape, fake.stride())
-        first = seen.setdefault(place, key) if fake.numel() else key
-        refs[key] = TensorRef(tuple(fake.shape), fake.dtype, _reader(path, fake), None if first == key else first)
+        shape, stride, start = tuple(fake.shape), tuple(fake.stride()), fake.untyped_storage()._checkpoint_offset
+        assert isinstance(start, int)
+        offset = start + int(fake.storage_offset()) * fake.dtype.itemsize
+        first = seen.setdefault((offset, shape, stride), key) if fake.numel() else key
+        read = strided_reader(path, offset, shape, stride, fake.dtype)
+        refs[key] = TensorRef(shape, fake.dtype, read, None if first == key else first)
     return refs
-
-
-def _reader(path: Path, fake: Tensor) -> Any:
-    """A function that reads one tensor: the bytes of the file that it spans, and no more."""
-    shape, stride, dtype = tuple(fake.shape), fake.stride(), fake.dtype
-    start = fake.untyped_storage()._checkpoint_offset
-    assert isinstance(start, int)
-    first = start + int(fake.storage_offset()) * dtype.itemsize
-    span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if fake.numel() else 0
-
-    def read() -> Tensor:
-        if not span:
-            return torch.empty(shape, dtype=dtype)
-        data = bytearray(span * dtype.itemsize)
-        with path.open("rb") as file:
-            file.seek(first)
-            if file.readinto(data) != len(data):
-                raise CheckpointError(f"{path}: ends before its tensors do; copy it again")
-        return torch.frombuffer(data, dtype=dtype).as_strided(shape, stride).contiguous()
-
-    return read
 
 
 def write_torch(path: Path, tensors: Iterable[tuple[str, Tensor]], order: Iterable[str], header: Header | None) -> None:
@@ -139,26 +119,45 @@ def _starts_like_a_zip(path: Path) -> bool:
 
 def _refuse_other_archives(path: Path) -> None:
     """Raise for a zip file that torch.save did not write, naming what it is."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path}: not a whole torch file ({error}); download or copy it again") from None
+    names = names_in_zip(path)
     if any(name.endswith("constants.pkl") for name in names):
-        raise CheckpointError(f"{path}: a TorchScript archive; {_SAVE_AGAIN}")
-    if any("archive_format" in name for name in names):
-        raise CheckpointError(f"{path}: a torch.export archive; {_SAVE_AGAIN}")
+        raise CheckpointError(
+            f"{path}: a TorchScript archive, whose weights are inside its code; write its state dict once with "
+            f"torch.save(torch.jit.load('{path.name}').state_dict(), 'weights.pt')"
+        )
     if not any(name.endswith("data.pkl") for name in names):
         raise CheckpointError(f"{path}: a zip file, but not one that torch.save wrote")
 
 
-def _explain(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
-    """What the weights-only unpickler refused, in one line."""
-    text = str(error)
-    name = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", text)
-    if name is None:
-        reason = text.splitlines()[0] if text else "unreadable pickle"
-        return CheckpointError(f"{path}: not a torch file, or a damaged one ({reason}); download or copy it again")
-    return UnsafeCheckpointError(
-        f"{path}: holds a pickled '{name.group(1)}', and reading that would run code; {_SAVE_AGAIN}"
-    )
+def names_in_zip(path: Path) -> list[str]:
+    """Names of the records in a zip file.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path}: not a whole torch file ({error}); download or copy it again") from None
+
+
+def _refuse_packed(path: Path, content: Any) -> None:
+    """Raise for what torch's own quantization packs into tuples: they are no tensors, and would only seem missing."""
+    if not isinstance(content, Mapping):
+        return
+    for key, value in content.items():
+        if str(key).endswith("_packed_params"):
+            layer = str(key).split("._packed_params")[0]
+            raise CheckpointError(describe(path, {layer: Quantized("torch.ao.quantization", str(key))}))
+        _refuse_packed(path, value)
+
+
+def _refuse_special(path: Path, key: str, tensor: Tensor) -> None:
+    """Raise for a tensor that is no plain array of numbers."""
+    if tensor.is_quantized:
+        raise CheckpointError(describe(path, {key: Quantized(f"torch ({tensor.dtype})", key)}))
+    if tensor.layout != torch.strided:
+        raise CheckpointError(
+            f"{path}: '{key}' is sparse; only plain tensors can be factorized: save it with .to_dense()"
+        )

@@ -5,6 +5,7 @@ from lrconvert.cli import options
 
 def analyze(
     checkpoint: options.Checkpoint,
+    checkpoint_key: options.CheckpointKey = None,
     model: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
@@ -24,12 +25,13 @@ def analyze(
     """
     from lrconvert.api.analyze import analyze as run
     from lrconvert.api.analyze import analyze_record
+    from lrconvert.checkpoints import open_checkpoint
     from lrconvert.cli.output import Sink
 
     sink = Sink(as_json, as_csv, quiet, verbose)
     with sink.progress() as progress:
         analysis = run(
-            checkpoint,
+            open_checkpoint(checkpoint, checkpoint_key),
             model=model,
             model_args=options.parse_model_args(model_arg),
             input_shape=options.parse_shape(input_shape),

@@ -18,6 +18,7 @@ def export(
             help="onnx, pt2 (torch.export), safetensors, or dense: the factors multiplied out again.",
         ),
     ],
+    checkpoint_key: options.CheckpointKey = None,
     model: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
@@ -36,12 +37,13 @@ def export(
     A graph (onnx, pt2) is run on random inputs and compared with the model.
     """
     import lrconvert
+    from lrconvert.checkpoints import open_checkpoint
     from lrconvert.cli.output import Sink
 
     sink = Sink(as_json, as_csv, quiet, verbose)
     with sink.progress() as progress:
         record = lrconvert.export(
-            checkpoint,
+            open_checkpoint(checkpoint, checkpoint_key),
             output,
             format,
             model=model,

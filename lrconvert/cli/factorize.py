@@ -70,6 +70,7 @@ def factorize(
     include: options.Include = None,
     exclude: options.Exclude = None,
     init: options.Init = None,
+    checkpoint_key: options.CheckpointKey = None,
     model: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
@@ -105,14 +106,19 @@ def factorize(
         raise UsageError(f"--plan has decided everything already: {names} would change nothing")
 
     import lrconvert
-    from lrconvert.checkpoints import check_output
+    from lrconvert.checkpoints import check_output, open_checkpoint
     from lrconvert.checkpoints.atomic import check_writable
     from lrconvert.cli.output import Sink
     from lrconvert.network import open_network
     from lrconvert.plan import load_plan
 
     sink = Sink(as_json, as_csv, quiet, verbose)
-    network = open_network(checkpoint, model, options.parse_model_args(model_arg), options.parse_shape(input_shape))
+    network = open_network(
+        open_checkpoint(checkpoint, checkpoint_key),
+        model,
+        options.parse_model_args(model_arg),
+        options.parse_shape(input_shape),
+    )
     if output is not None and not dry_run:
         check_output(output, network.checkpoint, overwrite)
     if save_plan is not None:

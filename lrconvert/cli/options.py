@@ -9,7 +9,11 @@ import typer
 from lrconvert.errors import UsageError
 
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="A .pt, .pth, .bin or .safetensors file, or a folder.")
+    Path, typer.Argument(metavar="CKPT", help="A .pt, .pth, .bin, .pt2 or .safetensors file, or a folder.")
+]
+CheckpointKey = Annotated[
+    str | None,
+    typer.Option("--checkpoint-key", help="Which state dict of a training checkpoint: model, ema, …", metavar="KEY"),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="What to write; the suffix says the format.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]

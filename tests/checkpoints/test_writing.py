@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import lrconvert
 from lrconvert.checkpoints import KEY, Header, check_output, open_checkpoint, write_checkpoint
 from lrconvert.errors import CheckpointError, OutputExistsError, UsageError
 from lrconvert.plan import LayerPlan, Plan
@@ -201,6 +202,57 @@ def test_a_folder_becomes_a_folder(folder, tmp_path):
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n")
     assert card.index("lrconvert.load") < card.index("# Model")
+
+
+STALE = [
+    *("model.fp16.safetensors", "tf_model.h5", "flax_model.msgpack", "rust_model.ot", "model.gguf", "model.tflite"),
+    *("openvino_model.xml", "openvino_model.bin", "consolidated.00.pth", "onnx/model.onnx", "original/tokenizer.model"),
+    *("checkpoint-500/model.safetensors", "model.ckpt.index", "model.ckpt.data-00000-of-00001", "model.onnx.data"),
+]
+TRAINING = ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin"]
+KEPT = [
+    "tokenizer.json",
+    "1_Pooling/config.json",
+    "2_Dense/model.safetensors",
+    "generation_config.json",
+    "spiece.model",
+]
+
+
+def test_no_stale_copy_of_the_weights_is_carried_over(folder, tmp_path):
+    for name in (*STALE, *TRAINING, *KEPT):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    before = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    record = lrconvert.factorize(folder, "rank=1", output=tmp_path / "out", keep_first=0, keep_last=False)
+    after = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    gone = before - after
+    assert gone == {*STALE, *TRAINING, "pytorch_model.bin", "model.onnx"}
+    assert set(KEPT) <= after
+    copies, training = record.notes[-2:]
+    assert copies.startswith("other copies of the dense weights, not carried over: ")
+    assert set(copies.split(": ")[1].split(", ")) == {name.split("/")[0] for name in gone} - set(TRAINING)
+    assert training == f"training state of the dense network, not carried over: {', '.join(sorted(TRAINING))}"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_files_own_metadata_is_carried_over(tmp_path, kind):
+    source, out = tmp_path / "source", tmp_path / ("out" if kind == "folder" else "out.safetensors")
+    source.mkdir()
+    state = {f"{name}.weight": torch.randn(16, 16) for name in "abc"}
+    about = {
+        "format": "np",
+        "modelspec.title": "a ☃ model",
+        "lrconvert": Header(written_by="an older one").model_dump_json(),
+    }
+    # the library's save_model notes a tied tensor there; what shares its memory is said in our own header
+    save_file(state, source / "model.safetensors", {**about, "tied.weight": "a.weight"})
+    given = source if kind == "folder" else source / "model.safetensors"
+    lrconvert.factorize(given, "rank=4", output=out, keep_first=0)
+    with safe_open(out / "model.safetensors" if kind == "folder" else out, "pt") as file:
+        metadata = file.metadata()
+    assert metadata.pop("lrconvert") != about["lrconvert"]
+    assert metadata == {"format": "pt", "modelspec.title": "a ☃ model"}
 
 
 def _where(checkpoint):
