@@ -4,13 +4,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lrconvert.checkpoints import Checkpoint, open_checkpoint
 from lrconvert.cost import Trace, trace
-from lrconvert.errors import ModelError
+from lrconvert.errors import ModelError, UsageError
 from lrconvert.factorization import merging
 from lrconvert.layers import FAMILIES, Layer
 from lrconvert.layers.survey import layers_of_module, layers_of_tensors, tied_names
@@ -19,6 +19,9 @@ from lrconvert.plan import Order
 from lrconvert.rewrite import layout_of
 from lrconvert.surgery import reshape
 from lrconvert.tensors import TensorRef, count_parameters, refs_of, shapes_of
+
+if TYPE_CHECKING:
+    from lrconvert.onnx_graph.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def open_network(
     network = Network(
         str(checkpoint.path), checkpoint.tensors, (), "file", 0, checkpoint=checkpoint, notes=checkpoint.notes
     )
+    if checkpoint.graph is not None:
+        return _from_graph(network, checkpoint.graph, model, input_shape)
     architecture = architecture_of(checkpoint, model, model_args)
     if architecture is None:
         return _from_file_alone(network)
@@ -149,6 +154,20 @@ def _check_match(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: 
             if keys
         ]
         raise ModelError(f"the checkpoint does not match {name}: {'; '.join(parts)}; is this the right --model?")
+
+
+def _from_graph(network: Network, graph: "Graph", model: str | None, input_shape: tuple[int, ...] | None) -> Network:
+    if model is not None:
+        raise UsageError(f"{network.name} is a graph and needs no model: leave --model out")
+    layers = tuple(weight.layer for weight in graph.weights)
+    header = network.checkpoint.header if network.checkpoint else None
+    return replace(
+        network,
+        layers=layers,
+        order="execution",
+        num_params=count_parameters(network.tensors),
+        input_shape=input_shape or (header.input_shape if header else None),
+    )
 
 
 def _from_file_alone(network: Network) -> Network:

@@ -10,11 +10,12 @@ from lrconvert.api.load import load
 from lrconvert.checkpoints import Checkpoint, open_checkpoint
 from lrconvert.cost import measure_latency
 from lrconvert.errors import CheckpointError
-from lrconvert.exporters.check import relative_difference, tensors_in
+from lrconvert.exporters.check import tensors_in
 from lrconvert.factorization import merge_weight
 from lrconvert.network import Network, open_network
 from lrconvert.plan import LayerPlan
 from lrconvert.report.record import CompareRecord, LayerDifference, Side
+from lrconvert.tensors import relative_difference
 
 
 def compare(

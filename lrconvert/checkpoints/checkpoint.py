@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lrconvert.checkpoints.header import Header
 from lrconvert.tensors import TensorRef
+
+if TYPE_CHECKING:
+    from lrconvert.onnx_graph.graph import Graph  # onnx is imported for those who have a graph
 
 
 def with_shared(tensors: dict[str, TensorRef], shared: Mapping[str, str]) -> dict[str, TensorRef]:
@@ -24,11 +28,12 @@ class Checkpoint:
 
     Attributes:
         path: the file or folder that was asked for.
-        format: "safetensors", "torch" or "folder".
+        format: "safetensors", "torch", "folder" or "onnx".
         tensors: key to tensor, in the order of the file.
         header: what lrconvert wrote into it, if lrconvert wrote it.
         notes: what was done to get at the state dict, for the report.
         files: the files that hold the tensors, each with its keys.
+        graph: what computes with the tensors, where the file says it.
     """
 
     path: Path
@@ -37,6 +42,7 @@ class Checkpoint:
     header: Header | None = None
     notes: tuple[str, ...] = ()
     files: dict[Path, tuple[str, ...]] = field(default_factory=dict)
+    graph: "Graph | None" = None
 
     @property
     def nbytes(self) -> int:
