@@ -57,7 +57,7 @@ def write_factorized(
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             reference = Path(folder) / "merged.onnx"
             save(source.with_products(plan, small), reference)
-            return compare_runs(reference, temporary, small, input_shape, tolerance, str(path))
+            return compare_runs(Graph(reference), small, input_shape, tolerance, str(path))
 
 
 def write_merged(
@@ -81,7 +81,7 @@ def write_merged(
     """
     with atomic_path(path, overwrite) as temporary:
         _write(source.merged(plan), temporary, header, path, overwrite, device, progress)
-        return compare_runs(temporary, source.path, source, input_shape, tolerance, str(path))
+        return compare_runs(Graph(temporary), source, input_shape, tolerance, str(path))
 
 
 def _write(

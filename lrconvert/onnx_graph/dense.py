@@ -90,7 +90,8 @@ def _data_slot(path: Path) -> int:
 
 def _merged(first: NodeProto, second: NodeProto, step: Path, path: Path, weight: str) -> NodeProto:
     """The operator that two replaced."""
-    dense = NodeProto(op_type=second.op_type, name=second.name, output=second.output)
+    dense = NodeProto(op_type=second.op_type, name=second.name, output=second.output, doc_string=second.doc_string)
+    dense.metadata_props.extend(second.metadata_props)
     inputs = list(second.input)
     inputs[_data_slot(path)] = first.input[_data_slot(step)]
     inputs[path.use.slot] = weight

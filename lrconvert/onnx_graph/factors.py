@@ -116,6 +116,7 @@ def _pair(edit: Edit, dense: NodeProto) -> tuple[NodeProto, NodeProto]:
     between = edit.unique(f"{dense.output[0]}.u")
     first = NodeProto(op_type=dense.op_type, output=[between], name=edit.unique(f"{dense.name or dense.output[0]}.u"))
     second = NodeProto(op_type=dense.op_type, output=dense.output, name=dense.name, doc_string=dense.doc_string)
+    second.metadata_props.extend(dense.metadata_props)
     return first, second
 
 

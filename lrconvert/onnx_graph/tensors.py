@@ -14,7 +14,7 @@ from torch import Tensor
 from lrconvert.errors import CheckpointError
 from lrconvert.tensors import TensorRef
 
-DTYPES = {
+DTYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.DOUBLE: torch.float64,
     TensorProto.FLOAT16: torch.float16,
