@@ -68,6 +68,8 @@ def compare(
 def _dense_keys(checkpoint: Checkpoint) -> dict[str, LayerPlan | None]:
     """Key of every tensor of the merged network, to the decision for it where it is factorized."""
     plan = checkpoint.header.plan if checkpoint.header else None
+    if checkpoint.graph is not None:
+        return dict(checkpoint.graph.dense_keys(plan))
     factorized = {layer.key("u"): layer for layer in plan.low_rank} if plan else {}
     renamed = {layer.key("v", "bias"): layer.bias_key for layer in plan.low_rank} if plan else {}
     skipped = {layer.key("v") for layer in factorized.values()}
@@ -105,6 +107,8 @@ def _weight(checkpoint: Checkpoint, key: str, decision: LayerPlan | None) -> tor
     if decision is None:
         ref = checkpoint.tensors.get(key)
         return ref.read() if ref is not None and ref.dtype.is_floating_point else None
+    if checkpoint.graph is not None:
+        return checkpoint.graph.merged_weight(decision)
     u, v = (checkpoint.tensors[decision.key(factor)].read() for factor in ("u", "v"))
     return merge_weight(u, v, decision)
 

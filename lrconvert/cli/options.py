@@ -9,7 +9,7 @@ import typer
 from lrconvert.errors import UsageError
 
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="A .pt, .pth, .bin or .safetensors file, or a folder.")
+    Path, typer.Argument(metavar="CKPT", help="A .pt, .pth, .bin, .safetensors or .onnx file, or a folder.")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="What to write; the suffix says the format.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]

@@ -24,10 +24,12 @@ class FactorNames:
 
     Attributes:
         left, right: the weight as it is stored is left·right, see `Weight.factor_shapes`.
+        in_first: whether a matrix is stored (in, out).
     """
 
     left: str
     right: str
+    in_first: bool = False
 
 
 def factor_names(weight: Weight, edit: Edit) -> FactorNames:
@@ -35,7 +37,7 @@ def factor_names(weight: Weight, edit: Edit) -> FactorNames:
     base = weight.value.name
     end = ".weight" if base.endswith(".weight") else ""
     u, v = (edit.unique(f"{base.removesuffix('.weight')}.{factor}{end}") for factor in ("u", "v"))
-    return FactorNames(u, v) if weight.in_first else FactorNames(v, u)
+    return FactorNames(u, v, True) if weight.in_first else FactorNames(v, u)
 
 
 def put_factors(edit: Edit, weight: Weight, rank: int, names: FactorNames) -> None:

@@ -1,7 +1,8 @@
 """An ONNX file: its weights as layers and tensors, and the graphs that a plan makes of it."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import onnx
@@ -140,7 +141,7 @@ class Graph:
             put_factors(edit, weights[layer.name], layer.rank, names[layer.weight])
             steps.append(self._factorizing(weights[layer.name], layer, names[layer.weight], device))
         edit.apply()
-        set_note(fresh.model, FACTORS_KEY, json.dumps({key: [each.left, each.right] for key, each in names.items()}))
+        set_note(fresh.model, FACTORS_KEY, json.dumps({key: astuple(each) for key, each in names.items()}))
         constants = constants_of(fresh.model)
         targets = {name: constants[name] for pair in names.values() for name in (pair.left, pair.right)}
         return Draft(fresh.model, targets, steps, self.path.parent)
@@ -182,9 +183,25 @@ class Graph:
         """Names of the factors in this graph, by the key of the weight that they replaced."""
         try:
             noted = json.loads(self.metadata.get(FACTORS_KEY, "{}"))
-            return {str(key): FactorNames(str(left), str(right)) for key, (left, right) in noted.items()}
+            return {
+                str(key): FactorNames(str(left), str(right), bool(first)) for key, (left, right, first) in noted.items()
+            }
         except (ValueError, AttributeError, TypeError):
             raise CheckpointError(f"{self.path}: what it notes under {FACTORS_KEY} cannot be read") from None
+
+    def dense_keys(self, plan: Plan | None) -> Mapping[str, LayerPlan | None]:
+        """Key of every weight of the merged graph, to the decision for it where it is factorized here."""
+        names = self.factor_names()
+        factors = {name for pair in names.values() for name in (pair.left, pair.right)}
+        dense = {weight.layer.weight: None for weight in self.weights if weight.layer.weight not in factors}
+        return dense | {layer.weight: layer for layer in (plan.low_rank if plan else ())}
+
+    def merged_weight(self, layer: LayerPlan) -> Tensor:
+        """The product of the factors of `layer`, in the layer's shape."""
+        names = self.factor_names()[layer.weight]
+        shape = layer.shape[::-1] if names.in_first else layer.shape
+        stored = self._multiplying(layer, names, layer.weight, shape).make()[layer.weight]
+        return stored.mT if names.in_first else stored
 
     def _ref(self, tensor: TensorProto) -> TensorRef:
         return ref_of(tensor, self.path.parent, str(self.path))
