@@ -161,11 +161,12 @@ def _from_graph(network: Network, graph: "Graph", model: str | None, input_shape
         raise UsageError(f"{network.name} is a graph and needs no model: leave --model out")
     layers = tuple(weight.layer for weight in graph.weights)
     header = network.checkpoint.header if network.checkpoint else None
+    quantized = sum(layer.num_params for layer in layers if layer.kind == "quantized")
     return replace(
         network,
         layers=layers,
         order="execution",
-        num_params=count_parameters(network.tensors),
+        num_params=count_parameters(network.tensors) + quantized,
         input_shape=input_shape or (header.input_shape if header else None),
     )
 

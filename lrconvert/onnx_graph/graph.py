@@ -209,7 +209,13 @@ class Graph:
     def _out_first(self, weight: Weight) -> TensorRef:
         assert weight.value.tensor is not None
         stored = self._ref(weight.value.tensor)
-        return TensorRef(weight.layer.shape, stored.dtype, lambda: weight.out_first(stored.read()))
+
+        def read() -> Tensor:
+            tensor = weight.out_first(stored.read())
+            # Integers of quantized weights have no spectrum in their own arithmetic.
+            return tensor if tensor.is_floating_point() else tensor.float()
+
+        return TensorRef(weight.layer.shape, stored.dtype, read)
 
     def _factorizing(self, weight: Weight, layer: LayerPlan, names: FactorNames, device: torch.device) -> Rewrite:
         assert layer.rank is not None

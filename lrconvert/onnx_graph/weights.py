@@ -17,7 +17,7 @@ RECURRENT = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}
 # What a weight may pass through on its way to the operator that multiplies by it.
 _REARRANGING = {"Slice", "Concat", "Split", "Squeeze", "Unsqueeze"}
 _PASSING = {"Identity", "Cast", "Transpose", "Reshape", *_REARRANGING}
-_QUANTIZED = re.compile(r"Quantize|Integer$|^QLinear|NBits|^com.microsoft.Q")
+_QUANTIZED = re.compile(r"[Qq]uantize|Integer$|^QLinear|NBits|^com.microsoft.Q")
 # Names that an exporter made up.
 _ANONYMOUS = re.compile(r"^(.*onnx::\w+|_?val?_\d+|_?v_\d+|\d+|.*Constant(_\d+)?(_output(_\d+)?)?)$")
 _BIAS = re.compile(r"(.+?)[._]bias(?:_\w+)?$")
