@@ -10,7 +10,7 @@ FLOAT = TensorProto.FLOAT
 
 
 def tensor(name, array):
-    return numpy_helper.from_array(np.ascontiguousarray(array), name)
+    return numpy_helper.from_array(np.asarray(array), name)
 
 
 def random(*shape, scale=0.2, dtype=np.float32):

@@ -90,12 +90,12 @@ class Graph:
         return (f"{len(self.model.functions)} functions of the graph's own are left as they are",)
 
     def tensors(self) -> dict[str, TensorRef]:
-        """Every constant; weights in their layer's shape, out first."""
+        """Every constant but single numbers, which are settings; weights in their layer's shape, out first."""
         weights = {id(weight.value): weight for weight in self.weights}
         return {
             key: self._out_first(weights[id(value)]) if id(value) in weights else self._ref(value.tensor)
             for key, value in keyed(self.scopes, self.weights)
-            if value.tensor is not None
+            if value.tensor is not None and value.tensor.dims
         }
 
     def check(self, plan: Plan) -> dict[str, Weight]:

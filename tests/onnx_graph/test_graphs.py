@@ -174,7 +174,7 @@ def test_weights_in_branches_are_factorized_where_they_are(tmp_path, same_names)
         feed = {"x": X, "n": np.int64(number)}
         assert_close(run(small, **feed)[0], run(back, **feed)[0])
         error = (run(small, **feed)[0] - run(path, **feed)[0]).norm() / run(path, **feed)[0].norm()
-        assert 0.1 < error < 1
+        assert 0.1 < error < 2  # of random weights, nearly all is lost
 
 
 def test_a_weight_used_in_a_loop(tmp_path):
