@@ -116,7 +116,7 @@ def weights_of(scopes: Scopes) -> tuple[Weight, ...]:
         paths = tuple(paths_of(value, produced))
         roles = [_role(path, value, operands) for path in paths]
         kind, groups, in_first, reason = _together(roles, paths)
-        if not _is_weight(value, kind, reason):
+        if kind == "parameter" and not _is_matrix(value, paths):
             continue
         key = _unique(value.name, keys)
         name = _unique(_name_of(value, paths, produced), names)
@@ -236,11 +236,11 @@ def _together(roles: list[_Role], paths: tuple[Path, ...]) -> tuple[str, int, bo
     return main.kind, 1, False, f"shared with {' and '.join(others)}, which cannot use factors"
 
 
-def _is_weight(value: Value, kind: str, reason: str) -> bool:
-    """Whether a constant is worth listing: not masks, offsets and other small things that are stored as matrices."""
+def _is_matrix(value: Value, paths: tuple[Path, ...]) -> bool:
+    """Whether a constant that nothing multiplies by is worth listing: not masks, offsets, states and biases."""
     assert value.tensor is not None
-    if kind != "parameter":
-        return True
+    if paths and all(path.use.op in RECURRENT for path in paths):
+        return False
     floating = DTYPES[value.tensor.data_type].is_floating_point
     return floating and sum(size > 1 for size in value.tensor.dims) >= 2
 

@@ -18,6 +18,9 @@ from lrconvert.network import open_network
 
 def export(model, path, *inputs, batch=True):
     """torch.onnx.export with a dynamic batch, its chatter kept quiet."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))  # the exporter stores what is equal only once
     shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs) if batch else None
     logging.disable(logging.WARNING)
     try:
@@ -94,14 +97,15 @@ def test_residual_network(tmp_path, rule):
 
 
 def test_a_graph_gets_the_ranks_that_its_model_gets(tmp_path):
+    # conv2 is left out: the exporter folds the batch norm behind it into its weight
     x = torch.randn(2, 3, 16, 16)
     model = Residual()
     path = export(model, tmp_path / "a.onnx", x)
-    mine = {layer.name: layer.rank for layer in lrconvert.make_plan(path, "rank_ratio=0.5").layers}
-    theirs = lrconvert.make_plan(model, "rank_ratio=0.5", input_shape=(3, 16, 16))
+    mine = {layer.name: layer.rank for layer in lrconvert.make_plan(path, "rank_ratio=0.5", exclude=["*conv2"]).layers}
+    theirs = lrconvert.make_plan(model, "rank_ratio=0.5", exclude=["*conv2"], input_shape=(3, 16, 16))
     assert mine == {layer.name: layer.rank for layer in theirs.layers}
     small = tmp_path / "small.onnx"
-    lrconvert.factorize(path, "rank_ratio=0.5", output=small)
+    lrconvert.factorize(path, "rank_ratio=0.5", exclude=["*conv2"], output=small)
     with torch.no_grad():
         want = lrconvert.factorize(model, theirs)(x)
     assert_close(run(small, x=x.numpy())[0], want, 1e-4)
