@@ -194,7 +194,8 @@ class Graph:
         names = self.factor_names()
         factors = {name for pair in names.values() for name in (pair.left, pair.right)}
         dense = {weight.layer.weight: None for weight in self.weights if weight.layer.weight not in factors}
-        return dense | {layer.weight: layer for layer in (plan.low_rank if plan else ())}
+        # A graph that was exported from a factorized model has a plan too, but no factors of ours.
+        return dense | {layer.weight: layer for layer in (plan.low_rank if plan else ()) if layer.weight in names}
 
     def merged_weight(self, layer: LayerPlan) -> Tensor:
         """The product of the factors of `layer`, in the layer's shape."""
