@@ -1,6 +1,6 @@
 """`compare`: two checkpoints side by side, weights merged, outputs and latency measured where models are known."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 
 from lrconvert.api.load import load
 from lrconvert.checkpoints import Checkpoint, open_checkpoint
-from lrconvert.cost import measure_latency
+from lrconvert.cost import Latency, measure_latency
 from lrconvert.errors import CheckpointError
 from lrconvert.exporters.check import tensors_in
 from lrconvert.factorization import merge_weight
@@ -31,8 +31,8 @@ def compare(
 
     Args:
         first, second: checkpoints, dense or factorized; usually a network before and after.
-        model, model_args, input_shape: the architecture of both, where the files do not name it. With it, outputs
-            are compared on one random batch, and latency is measured in turn on this machine's CPU.
+        model, model_args, input_shape: the architecture of both, where the files do not name it. With it, or for two
+            graphs, outputs are compared on one random batch, and latency is measured in turn on this machine's CPU.
         batch_size: of that batch.
 
     Raises:
@@ -54,6 +54,12 @@ def compare(
     difference, note = None, None
     if all(network.trace is not None for network in networks):
         difference, note, sides = _run_both(files, networks, sides, model, model_args, batch_size)
+    graphs = [file.graph for file in files]
+    if graphs[0] is not None and graphs[1] is not None:
+        from lrconvert.onnx_graph.check import side_by_side
+
+        if (ran := side_by_side(graphs[0], graphs[1], networks[0].input_shape)) is not None:
+            difference, note, sides = ran.difference, ran.note, _timed(sides, ran.latencies)
     return CompareRecord(
         first=sides[0],
         second=sides[1],
@@ -140,10 +146,14 @@ def _run_both(
     with torch.no_grad():
         outputs = [torch.cat([out.flatten() for out in tensors_in(model(inputs))]) for model in models]
         times = measure_latency([lambda model=model: model(inputs) for model in models])  # type: ignore[misc]
-    timed = [
+    note = f"CPU, {torch.get_num_threads()} threads, float32, batch {batch_size}, median of {times[0].n}, in turn"
+    same = outputs[0].shape == outputs[1].shape
+    return relative_difference(outputs[1], outputs[0]) if same else None, note, _timed(sides, times)
+
+
+def _timed(sides: list[Side], times: Sequence[Latency]) -> list[Side]:
+    """The sides with their latency."""
+    return [
         side.model_copy(update={"latency_ms": time.median_ms, "latency_range_ms": (time.low_ms, time.high_ms)})
         for side, time in zip(sides, times, strict=True)
     ]
-    note = f"CPU, {torch.get_num_threads()} threads, float32, batch {batch_size}, median of {times[0].n}, in turn"
-    same = outputs[0].shape == outputs[1].shape
-    return relative_difference(outputs[1], outputs[0]) if same else None, note, timed

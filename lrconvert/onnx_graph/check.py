@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 from onnx import ModelProto, helper
 
+from lrconvert.cost import Latency, measure_latency
 from lrconvert.errors import VerificationError
 from lrconvert.onnx_graph.graph import Graph
 from lrconvert.onnx_graph.inputs import Feed, choices_of, make_up, sizes_to_try
@@ -85,6 +86,41 @@ def compare_runs(
         raise VerificationError(f"{where}: onnxruntime cannot run the factorized graph ({_line(error)})") from error
     worst = max(_worst(run, values, tolerance, where) for run, values in zip(runs, got, strict=True))
     return Outcome(runner, worst, _note(runner, runs, outputs, worst))
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Two graphs run in turn on the same random inputs.
+
+    Attributes:
+        difference: ‖b − a‖ / ‖a‖ of all outputs together; None where their shapes differ.
+        latencies: of the first and of the second.
+        note: on what they were measured.
+    """
+
+    difference: float | None
+    latencies: tuple[Latency, Latency]
+    note: str
+
+
+def side_by_side(first: Graph, second: Graph, input_shape: tuple[int, ...] | None) -> SideBySide | None:
+    """Run two graphs, one perhaps factorized from the other; None where no input was found that both run on."""
+    outputs = [output.name for output in first.model.graph.output]
+    try:
+        sessions = [_session(graph, []) for graph in (first, second)]
+        runs, _ = _runs_of(sessions[0], first, outputs, input_shape, TOLERANCE)
+        feed = max(runs, key=lambda run: _rank(run, outputs)).feed
+        a, b = ([value for value in session.run(None, feed) if _is_real(value)] for session in sessions)
+    except Exception:
+        return None  # any graph may fail to run, and all that is lost is the measurement
+    difference = None
+    if [value.shape for value in a] == [value.shape for value in b]:
+        flat = [torch.cat([torch.from_numpy(value).double().flatten() for value in values]) for values in (a, b)]
+        difference = relative_difference(flat[1], flat[0])
+    mine, theirs = measure_latency([lambda session=session: session.run(None, feed) for session in sessions])  # type: ignore[misc]
+    inputs = ", ".join(f"{name} {array.shape}" for name, array in feed.items())
+    note = f"CPU, onnxruntime {onnxruntime.__version__}, {inputs}, median of {mine.n}, in turn"
+    return SideBySide(difference, (mine, theirs), note)
 
 
 def _worst(run: _Run, got: dict[str, np.ndarray], tolerance: float, where: str) -> float:

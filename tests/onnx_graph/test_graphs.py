@@ -334,7 +334,11 @@ def test_plan_dry_run_json_and_info(tmp_path, cli):
     assert [row["name"] for row in described["low_rank"]] == ["b"]
     assert described["num_params_dense"] == 16 * 20 + 20 * 24 + 24 * 12
     assert "factorized already" in cli.fails(1, "factorize", small, "-o", tmp_path / "c.onnx", "--auto")
-    rows = json.loads(cli("compare", path, small, "--json").out)["layers"]
+    record = json.loads(cli("compare", path, small, "--json").out)
+    assert 0.1 < record["output_difference"] < 2
+    assert record["first"]["latency_ms"] > 0
+    assert "onnxruntime" in record["latency_note"]
+    rows = record["layers"]
     assert {row["name"]: row["rank"] for row in rows} == {"a": [None, None], "b": [None, 5], "c": [None, None]}
     assert rows[1]["difference"] == pytest.approx(described["low_rank"][0]["error"], abs=1e-5)
 
