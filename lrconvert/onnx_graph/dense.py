@@ -44,11 +44,15 @@ def _constant_again(edit: Edit, layer: LayerPlan, left: Value, known: dict[str, 
     shape = known.get(reshape.input[1]) if reshape is not None and reshape.op_type == "Reshape" else None
     if product is None or reshape is None or shape is None or shape.tensor is None:
         raise PlanError(f"{layer.name}: its factors are not multiplied as lrconvert writes it")
+    name = reshape.output[0]
     edit.replace(product)
     edit.replace(reshape)
     edit.drop(shape)
-    numbers = memoryview(shape.tensor.raw_data).cast("q")
-    return reshape.output[0], tuple(numbers)
+    if sum(value.name == name for value in edit.scopes.values) > 1:
+        # Another body has a value of this name: data is found by name, so this one needs a name of its own.
+        name = edit.unique(layer.weight)
+        edit.replace(reshape, NodeProto(op_type="Identity", input=[name], output=reshape.output))
+    return name, tuple(memoryview(shape.tensor.raw_data).cast("q"))
 
 
 def _one_operator(edit: Edit, layer: LayerPlan, name: str, left: Value, right: Value) -> None:

@@ -177,6 +177,27 @@ def test_weights_in_branches_are_factorized_where_they_are(tmp_path, same_names)
         assert 0.1 < error < 2  # of random weights, nearly all is lost
 
 
+def test_branches_that_give_their_recurrent_weights_the_same_names(tmp_path):
+    def branch(seed):
+        torch.manual_seed(seed)
+        nodes = [helper.make_node("RNN", ["x", "W", "R"], ["y.h"], hidden_size=16, name="rnn")]
+        weights = [tensor("W", random(1, 16, 16)), tensor("R", random(1, 16, 16))]
+        return helper.make_graph(nodes, "b", [], [helper.make_tensor_value_info("y.h", FLOAT, None)], weights)
+
+    nodes = [
+        helper.make_node("Equal", ["n", "five"], ["c"]),
+        helper.make_node("If", ["c"], ["y"], then_branch=branch(1), else_branch=branch(2)),
+    ]
+    number = helper.make_tensor_value_info("n", TensorProto.INT64, [])
+    path = graph(tmp_path / "a.onnx", nodes, {"x": [3, 4, 16], "n": number}, {"five": np.int64(5)})
+    record = factorize(path, tmp_path / "b.onnx")
+    assert [row.name for row in record.layers if row.rank] == ["W", "R", "W#2", "R#2"]
+    assert record.difference <= 1e-4
+    assert lrconvert.export(tmp_path / "b.onnx", tmp_path / "c.onnx", "dense").difference <= 1e-4
+    rows = lrconvert.compare(path, tmp_path / "b.onnx").layers
+    assert [row.difference for row in rows] == pytest.approx([row.error for row in record.layers], abs=1e-5)
+
+
 def test_a_weight_used_in_a_loop(tmp_path):
     body = helper.make_graph(
         [helper.make_node("MatMul", ["state", "w"], ["next"]), helper.make_node("Identity", ["go"], ["still"])],
