@@ -194,7 +194,9 @@ def _runs_of(
                 number += 1
                 if best is None or _rank(run, outputs) > _rank(best, outputs):
                     best = run
-            if best is not None and (number >= _MOST_RUNS or all(name in best.steady for name in outputs)):
+            if best is not None and (
+                number >= _MOST_RUNS or all(name in best.steady for name in outputs if name in best.values)
+            ):
                 break
         if best is not None:
             found.append(best)

@@ -69,10 +69,6 @@ class Scopes:
     graphs: list[GraphProto]
     names: set[str]
 
-    def at(self, graph: GraphProto, name: str) -> Value | None:
-        """The value that `graph` itself defines as `name`."""
-        return next((value for value in self.values if value.graph is graph and value.name == name), None)
-
 
 def scopes_of(model: ModelProto) -> Scopes:
     """Walk `model` once, its bodies included; functions of the model's own are not entered."""
