@@ -246,7 +246,8 @@ def _ends(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
     first = "first layer" if keep_first == 1 else f"first {keep_first} layers"
     leading = list(dict.fromkeys(layer.unit for layer in counted))[:keep_first]
     ends = {layer.name: first for layer in counted if layer.unit in leading}
-    if options.keep_last and counted and counted[-1].kind == "linear":
+    tied_head = any(layer.tied_head for layer in layers)
+    if options.keep_last and not tied_head and counted and counted[-1].kind == "linear":
         ends.setdefault(counted[-1].name, "last classifier")
     named = {*options.include, *(pattern for pattern, _ in options.layer_ranks)}
     return {name: reason for name, reason in ends.items() if name not in named}

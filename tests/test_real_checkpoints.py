@@ -1,8 +1,11 @@
 """The main job on real trained checkpoints: a transformer's folder, a CNN's file, a wrapped training checkpoint."""
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_close
+from torch import nn
 
 import lrconvert
 from lrconvert.checkpoints import open_checkpoint
@@ -56,10 +59,41 @@ def test_factorize_describe_and_merge_back(real_checkpoints, name, rule, tmp_pat
             assert found <= float(tail.norm() / before.double().norm()) * (1 + 1e-4) + 1e-7
 
 
-def test_resemblyzer_is_unwrapped_and_its_lstm_listed(real_checkpoints, cli):
-    result = cli("analyze", real_checkpoints["resemblyzer"])
+class VoiceEncoder(nn.Module):
+    """The network whose weights Resemblyzer ships, with the layers and names of its file."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(40, 256, 3, batch_first=True)
+        self.linear = nn.Linear(256, 256)
+        self.similarity_weight = nn.Parameter(torch.ones(1))
+        self.similarity_bias = nn.Parameter(torch.ones(1))
+
+    def forward(self, mels):
+        _, (hidden, _) = self.lstm(mels)
+        raw = self.linear(hidden[-1]).relu()
+        return raw / raw.norm(dim=1, keepdim=True)
+
+
+input_shape = (50, 40)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.4])
+def test_resemblyzer_s_lstm_goes_the_whole_way(real_checkpoints, cli, tmp_path, ratio):
+    source, model = real_checkpoints["resemblyzer"], f"{__file__}:VoiceEncoder"
+    result = cli("analyze", source, "--model", model)
     assert "read from 'model_state'; left behind: step, optimizer_state" in result.out
-    assert "6 × recurrent: not supported yet" in result.out
+    assert "lstm.weight_hh_l2" in result.out
+    small, graph = tmp_path / "small.safetensors", tmp_path / "small.onnx"
+    assert cli("factorize", source, "--rank-ratio", ratio, "--model", model, "-o", small).code == 0
+    live = lrconvert.load(small, VoiceEncoder()).eval()
+    merged = lrconvert.merge(copy.deepcopy(live))
+    mels = torch.rand(2, 50, 40)
+    with torch.no_grad():
+        assert_close(live(mels), merged(mels))
+        assert float((live(mels) - merged.train()(mels)).norm()) < 1e-5
+    assert cli("export", small, "--format", "onnx", "--model", model, "-o", graph).code == 0
+    assert graph.stat().st_size < small.stat().st_size + 200_000
 
 
 def test_ends_of_the_folder_are_kept(real_checkpoints, tmp_path):

@@ -82,7 +82,8 @@ def _export_graph(
     tolerance: float,
     overwrite: bool,
 ) -> ExportRecord:
-    loaded = load(checkpoint, model, model_args=model_args)
+    # torch's exporter fails on a recurrent layer whose weights are partly parameters with gradients, partly products.
+    loaded = load(checkpoint, model, model_args=model_args).requires_grad_(False)
     network = open_network(checkpoint, model, model_args, input_shape)
     if network.inputs is None:
         raise ModelError(f"{checkpoint.path}: the shape of its input is not known; add --input-shape 3,224,224")

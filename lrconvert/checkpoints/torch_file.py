@@ -96,7 +96,7 @@ def _lazy(path: Path, state: dict[str, Tensor]) -> dict[str, TensorRef]:
 
 def write_torch(path: Path, tensors: Iterable[tuple[str, Tensor]], order: Iterable[str], header: Header | None) -> None:
     """Write {"state_dict": …, "lrconvert": header} with torch.save; all tensors are in memory at once."""
-    made = dict(tensors)
+    made = {key: _without_surroundings(tensor) for key, tensor in tensors}
     for key, original in (header.shared if header else {}).items():
         made[key] = made[original]
     content: dict[str, Any] = {"state_dict": {key: made[key] for key in order}}
@@ -110,6 +110,11 @@ def write_torch(path: Path, tensors: Iterable[tuple[str, Tensor]], order: Iterab
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+
+
+def _without_surroundings(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if its memory is part of more: torch.save would write all of it, for every part."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _starts_like_a_zip(path: Path) -> bool:

@@ -27,6 +27,7 @@ class Layer:
             gates of a recurrent layer, or the queries, keys and values of a packed projection.
         dense_reason: why the layer stays dense at any rank; empty when it can be factorized.
         evidence: "module" when a model settled the kind, "shape" when it was read from names and shapes alone.
+        tied_head: whether the weight is that of an embedding and of the linear layer after it, the classifier.
         guess: True when `dense_reason` is a default or a guess that naming the layer overrules.
     """
 
@@ -38,6 +39,7 @@ class Layer:
     dense_reason: str = ""
     evidence: Evidence = "module"
     guess: bool = False
+    tied_head: bool = False
 
     @property
     def layout(self) -> Layout:

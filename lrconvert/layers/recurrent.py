@@ -5,6 +5,7 @@ gates at one rank. Biases stay where they were. There are two ways to run: the f
 `recurrent_steps`, and torch's fused operator on the weights multiplied out; `_steps_pay` chooses.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ RECURRENT_TYPES: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, 
 # By mode, the gates stacked in a weight.
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _FUSED: dict[str, Any] = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
+
+# Multiply-accumulates that a step must save to pay for itself. In training the other way costs more.
+_LEAST_SAVED = {"inference": 20_000_000, "training": 12_000_000}
 
 Sequence = Tensor | PackedSequence
 State = Tensor | tuple[Tensor, Tensor]
@@ -59,21 +63,21 @@ class LowRankRecurrent(LowRankComposite):
         """
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)
-        batched = input.dim() == 3
+        batched, batch = input.dim() == 3, 0 if self.batch_first else 1
         if not batched:
-            input = input.unsqueeze(1)
+            input = input.unsqueeze(batch)
             hx = _each(hx, lambda state: state.unsqueeze(1))
-        elif self.batch_first:
-            input = input.transpose(0, 1)
-        state = self._checked(hx, input.shape[1], input)
-        if self._steps_pay(input):
-            output, last = recurrent_steps.run(self, input, state)
+        state = self._checked(hx, input.shape[batch], input)
+        if self._steps_pay(input, input.shape[batch]):
+            time_first = input.transpose(0, 1) if self.batch_first else input
+            output, last = recurrent_steps.run(self, time_first, state)
+            output = output.transpose(0, 1) if self.batch_first else output
         else:
             output, *rest = self._fused(input, state)
             last = _state(rest)
         if not batched:
-            return output.squeeze(1), _each(last, lambda state: state.squeeze(1))
-        return output.transpose(0, 1) if self.batch_first else output, last
+            return output.squeeze(batch), _each(last, lambda state: state.squeeze(1))
+        return output, last
 
     def _packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         data, sizes, order, back = packed
@@ -92,7 +96,7 @@ class LowRankRecurrent(LowRankComposite):
         if self.mode == "LSTM":
             shapes.append((layers, batch, self.hidden_size))
         if hx is None:
-            return _state([like.new_zeros(shape) for shape in shapes])
+            return _state([torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in shapes])
         found = [tuple(state.shape) for state in (hx if isinstance(hx, tuple) else (hx,))]
         if found != shapes:
             raise RuntimeError(f"the initial state has shape {found}, expected {shapes}")
@@ -102,7 +106,7 @@ class LowRankRecurrent(LowRankComposite):
         """Torch's own operator on the weights multiplied out; with `sizes`, on a packed sequence."""
         data: tuple[Any, ...] = (input, state) if sizes is None else (input, sizes, state)
         shape = (self.num_layers, self.dropout, self.training, self.bidirectional)
-        layout = (False,) if sizes is None else ()
+        layout = (self.batch_first,) if sizes is None else ()
         found: tuple[Tensor, ...] = _FUSED[self.mode](*data, self._weights(), self._has_biases, *shape, *layout)
         return found
 
@@ -120,9 +124,25 @@ class LowRankRecurrent(LowRankComposite):
             self._kept = (now, [self.product(name) for name in names])
         return self._kept[1]
 
-    def _steps_pay(self, input: Tensor) -> bool:
-        """Whether the step-by-step execution is the faster one (measured by benchmarks/recurrent.py)."""
-        return False
+    def _steps_pay(self, input: Tensor, batch: int) -> bool:
+        """Whether the step-by-step execution is the faster one (measured by benchmarks/recurrent.py).
+
+        A step costs some dozen small operations; it pays where the products that it saves cost more, which they do
+        on a CPU for wide layers. A GPU runs all steps in one fused kernel. On the meta device nothing runs, and the
+        steps are what is counted.
+        """
+        if input.is_meta:
+            return True
+        if not input.is_cpu or torch.compiler.is_compiling():
+            return False
+        names = [name for group in self._names for name in group if name.startswith("weight_hh")]
+        saved = sum(
+            math.prod(factored.shape) - factored.rank * (factored.groups * factored.shape[1] + factored.shape[0])
+            for name in names
+            if (factored := self.factored.get(name)) is not None
+        )
+        least = _LEAST_SAVED["training" if torch.is_grad_enabled() else "inference"]
+        return batch * saved >= least * len(names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files hold the factors only."""

@@ -53,7 +53,10 @@ def layers_of_module(model: nn.Module) -> tuple[Layer, ...]:
             tied = [other for other in names_of[id(parameter)] if other != key]
             if tied and (guess or not reason):
                 reason, guess = f"shared with {_layer_name(tied[0])}", False
-            layers.append(Layer(_layer_name(key), key, kind, tuple(parameter.shape), groups, reason, guess=guess))
+            owners = [parents.get(other.rpartition(".")[0]) for other in tied]
+            head = kind == "embedding" and any(isinstance(owner, nn.Linear) for owner in owners)
+            shape = tuple(parameter.shape)
+            layers.append(Layer(_layer_name(key), key, kind, shape, groups, reason, guess=guess, tied_head=head))
     return tuple(layers)
 
 

@@ -1,6 +1,6 @@
 """Parameters and MACs of the papers' networks, dense and factorized: the papers' own figures, to the last digit.
 
-The LSTM's are in test_zoo.py, ResNet-50's in test_torchvision.py.
+ResNet-50's are in test_torchvision.py.
 """
 
 import pytest
@@ -47,11 +47,19 @@ def test_cnns_of_pufferfish(tmp_path, name, args, settings, params, macs):
 def test_transformer_of_pufferfish():
     model = find_architecture("zoo/transformer").build("cpu")
     assert num_params(model) == 48_978_432
-    # The output layer is tied, and so dense anyway: the last feed-forward layer is no classifier.
-    lrconvert.factorize(model, "rank_ratio=0.25", keep_first=0, keep_last=False, exclude=["*coder.layers.0.*"])
+    lrconvert.factorize(model, "rank_ratio=0.25", keep_first=0, exclude=["*coder.layers.0.*"])
     assert num_params(model) == 26_696_192
     assert model.output.weight is model.encoder.embedding.weight
     assert model.decoder.embedding.weight is model.encoder.embedding.weight
+
+
+def test_lstm_of_pufferfish():
+    model = find_architecture("zoo/lstm_lm").build("cpu")
+    assert num_params(model) == 85_962_278
+    lrconvert.factorize(model, "rank_ratio=0.25", keep_first=0)
+    assert num_params(model) == 67_962_278
+    assert model.decoder.weight is model.encoder.weight
+    assert not any(key.startswith("lstm.bias_hh") for key in model.state_dict())
 
 
 @pytest.mark.parametrize(("name", "include", "number", "params", "macs"), TIMM)

@@ -135,7 +135,7 @@ def test_quantized_weights_stay_dense_with_the_reason(tmp_path):
     path = graph(tmp_path / "a.onnx", nodes, {"x": [None, 16]}, constants)
     assert layer(path, "q").dense_reason == "quantized: DequantizeLinear reads it"
     assert open_network(path).num_params == 2 * 16 * 16
-    assert lrconvert.analyze(path).spectra["q"].full_rank == 16
+    assert list(lrconvert.analyze(path).spectra) == ["a"]
     assert [row.name for row in factorize(path, tmp_path / "b.onnx").layers if row.rank] == ["a"]
 
 

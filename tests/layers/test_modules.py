@@ -1,0 +1,120 @@
+"""Modules that own several weights, in the company they keep: encoders, their fused paths, and packed executions."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import nn
+
+import lrconvert
+from lrconvert.inputs import one_input
+from lrconvert.layers.recurrent import LowRankRecurrent
+
+
+def factorized(model, **settings):
+    """A factorized copy, and the dense model with the same products for weights."""
+    small = lrconvert.factorize(copy.deepcopy(model), "rank=3", keep_first=0, keep_last=False, **settings)
+    return small, lrconvert.merge(copy.deepcopy(small))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_and_decoder_layers_in_train_and_eval(training, norm_first):
+    settings = {"nhead": 4, "dim_feedforward": 48, "batch_first": True, "norm_first": norm_first}
+    encoder, decoder = nn.TransformerEncoderLayer(32, **settings), nn.TransformerDecoderLayer(32, **settings)
+    x, memory = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    for layer, arguments in ((encoder, (x, mask)), (decoder, (x, memory, mask))):
+        outputs = []
+        for model in factorized(layer):
+            torch.manual_seed(1)  # dropout
+            with torch.no_grad():
+                outputs.append(model.train(training)(*arguments))
+        assert_close(*outputs)
+
+
+def test_an_encoder_with_padding_whose_first_layer_stays_dense():
+    # A dense first layer would hand nested tensors to the factorized second one.
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    small, merged = factorized(encoder, exclude=["layers.0.*"])
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        got, want = (model(x, src_key_padding_mask=padding) for model in (small, merged))
+    assert_close(got[~padding], want[~padding])
+
+
+def test_the_fused_encoder_path_does_not_run_on_factors(monkeypatch):
+    small, _ = factorized(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True).eval())
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", None)
+    with torch.no_grad():
+        assert small(torch.randn(2, 5, 32)).shape == (2, 5, 32)
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_gradients_of_a_factorized_lstm_are_those_of_its_product(monkeypatch, steps):
+    monkeypatch.setattr(LowRankRecurrent, "_steps_pay", lambda *_: steps)
+    small, dense = factorized(nn.LSTM(6, 8, 2, bidirectional=True).double())
+    x = torch.randn(5, 3, 6, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for model in (small, dense):
+        output, (hidden, cell) = model(x)
+        (output.sin().sum() + hidden.sum() + cell.square().sum()).backward()
+        gradients.append(x.grad.clone())
+        x.grad = None
+    assert_close(*gradients)
+    # the chain rule through W = V·U, for each gate
+    factors, weight = small.hh_l0, dense.weight_hh_l0.grad.unflatten(0, (4, 8))
+    v = factors.v.weight.detach().unflatten(0, (4, 8))
+    assert_close(factors.u.weight.grad.unflatten(0, (4, 3)), v.mT @ weight)
+
+
+def test_kept_products_follow_their_factors():
+    small, _ = factorized(nn.LSTM(6, 8).eval())
+    x = torch.randn(5, 3, 6)
+    with torch.no_grad():
+        before = small(x)[0]
+        assert torch.equal(small(x)[0], before)
+        small.ih_l0.u.weight.mul_(2)
+        after = small(x)[0]
+        assert_close(after, lrconvert.merge(copy.deepcopy(small))(x)[0])
+    assert not torch.equal(before, after)
+    assert small._kept is not None
+    assert copy.deepcopy(small)._kept is None
+
+
+def test_a_wrong_initial_state_is_refused():
+    small, _ = factorized(nn.GRU(6, 8))
+    with pytest.raises(RuntimeError, match=r"the initial state has shape \[\(1, 2, 8\)\], expected \[\(1, 3, 8\)\]"):
+        small(torch.randn(5, 3, 6), torch.zeros(1, 2, 8))
+
+
+def test_a_split_projection_is_three_matrices():
+    model = nn.ModuleDict({"qkv": nn.Linear(16, 48)})
+    joint = lrconvert.make_plan(model, "rank=4", keep_first=0, keep_last=False)
+    apart = lrconvert.make_plan(model, "rank=4", keep_first=0, keep_last=False, splits={"qkv": 3})
+    assert (joint.layers[0].num_params_after, apart.layers[0].num_params_after) == (4 * 64, 3 * 4 * 32)
+    weight = model["qkv"].weight.detach().clone()
+    merged = lrconvert.merge(lrconvert.factorize(model, apart))["qkv"].weight.detach()
+    for part, whole in zip(merged.chunk(3), weight.chunk(3), strict=True):
+        u, s, v = torch.linalg.svd(whole)
+        assert_close(part, u[:, :4] * s[:4] @ v[:4])
+
+
+def test_embeddings_stay_dense_unless_asked_for():
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 16))
+    assert [layer.name for layer in lrconvert.make_plan(model, "rank=3", keep_first=0, keep_last=False).low_rank] == [
+        "1"
+    ]
+    plan = lrconvert.make_plan(model, "rank=3", keep_first=0, keep_last=False, include_embeddings=True)
+    assert [layer.name for layer in plan.low_rank] == ["0", "1"]
+
+
+def test_macs_of_a_factorized_recurrent_layer_are_those_of_its_factors():
+    from lrconvert.cost import trace
+
+    small, dense = factorized(nn.LSTM(16, 24, batch_first=True))
+    assert trace(dense, one_input((5, 16))).macs == 5 * 4 * 24 * (16 + 24)
+    assert trace(small, one_input((5, 16))).macs == 5 * 4 * 3 * ((16 + 24) + (24 + 24))
