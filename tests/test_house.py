@@ -20,6 +20,7 @@ FLOORS = [
     {"plan", "rewrite"},
     {"factorization", "surgery"},
     {"checkpoints", "models"},
+    {"hf"},
     {"network"},
     {"analysis", "exporters", "report"},
     {"api"},
