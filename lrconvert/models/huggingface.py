@@ -67,7 +67,7 @@ def architecture(name: str, args: Mapping[str, Any]) -> Architecture:
         {_CONFIG_ARG: kept},
         partial(_build, found, config),
         inputs_of(found, config),
-        plain_outputs,
+        as_graph,
     )
 
 
@@ -94,21 +94,25 @@ def inputs_of_live(model: nn.Module) -> Inputs | None:
 
 
 @contextmanager
-def plain_outputs(model: nn.Module) -> Iterator[None]:
-    """While it lasts, `model` returns a tuple of tensors and keeps no cache, as a graph needs it."""
-    before = []
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        for each in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-            for name in ("use_cache", "return_dict"):
-                if getattr(each, name, None) is True:
-                    before.append((each, name))
-                    setattr(each, name, False)
+def as_graph(model: nn.Module) -> Iterator[None]:
+    """While it lasts, `model` can be exported.
+
+    It keeps no cache: a cache is an object, and a graph returns tensors only. Attention is spelled out: torch takes
+    apart the fused one of T5 into a graph that does not run (views of what is not contiguous).
+    """
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    wanted = {"use_cache": (True, False), "_attn_implementation": ("sdpa", "eager")}
+    changed = []
+    for config in configs.values():
+        for name, (before, while_exported) in wanted.items():
+            if getattr(config, name, None) == before:
+                changed.append((config, name, before))
+                setattr(config, name, while_exported)
     try:
         yield
     finally:
-        for each, name in before:
-            setattr(each, name, True)
+        for config, name, before in changed:
+            setattr(config, name, before)
 
 
 def _build(kind: Any, parsed: Any, config: Mapping[str, Any]) -> nn.Module:
@@ -117,8 +121,10 @@ def _build(kind: Any, parsed: Any, config: Mapping[str, Any]) -> nn.Module:
 
     with no_init_weights():
         # A copy: a model changes its configuration.
-        model: nn.Module = kind(copy.deepcopy(parsed))
-    return model
+        model = kind(copy.deepcopy(parsed))
+    model.tie_weights()
+    built: nn.Module = model
+    return built
 
 
 def _from_folder_or_hub(name: str, args: Mapping[str, Any]) -> Any:
