@@ -159,6 +159,8 @@ def test_what_is_written(bert):
     # lrconvert itself does not see the empty tensors.
     assert weight not in lrconvert.load(bert / "small").state_dict()
     assert lrconvert.info(bert / "small").model == "hf/BertForSequenceClassification"
+    assert any("refuses it without" in note for note in lrconvert.info(bert / "small").notes)
+    assert not any("transformers" in note for note in lrconvert.info(bert / "dense").notes)
     card = (bert / "small" / "README.md").read_text()
     assert "import lrconvert" in card
     assert "refuses" in card
