@@ -109,7 +109,30 @@ def _from_own_config(network: Network) -> Network | None:
         # Nobody asked for this model: the file alone will do.
         note = f"read from the file alone: config.json names {architecture.name}, but {error}"
         network = _from_file_alone(network)
-        return replace(network, notes=(*network.notes, note))
+        layers = _settled(network.layers, architecture)
+        return replace(network, layers=layers, notes=(*network.notes, note))
+
+
+def _settled(layers: tuple[Layer, ...], architecture: Architecture) -> tuple[Layer, ...]:
+    """`layers` of a file, by what its architecture says of them, though not all of its keys are the model's."""
+    if architecture.renamed is None:
+        return layers
+    try:
+        model = architecture.build()
+    except ModelError:
+        return layers
+    names = architecture.renamed(model, [layer.weight for layer in layers])
+    known = {layer.weight: layer for layer in layers_of_module(model)}
+    settled = []
+    for layer in layers:
+        name = names[layer.weight]
+        found = known.get(name) if name else None
+        if name is None:
+            layer = replace(layer, dense_reason="merged with others when it is loaded", guess=False)
+        elif found is not None and found.shape == layer.shape:
+            layer = replace(found, name=layer.name, weight=layer.weight)
+        settled.append(layer)
+    return tuple(settled)
 
 
 def _from_architecture(

@@ -48,7 +48,15 @@ def load(
             raise UsageError("model_args go with the name of an architecture, not with a live model")
         checkpoint = fitted(checkpoint, model.state_dict())
         return mark(_fill(fit(model, checkpoint, type(model).__name__), checkpoint))
-    architecture = architecture_of(checkpoint, model, model_args) or own_architecture(checkpoint)
+    architecture = architecture_of(checkpoint, model, model_args)
+    if architecture is None:
+        architecture = own_architecture(checkpoint)
+        if architecture is not None and architecture.from_folder is not None:
+            try:
+                return mark(_build(architecture, checkpoint)).eval().to(device)
+            except ModelError:
+                # Its keys are not the model's, but the library may know how they became it.
+                return architecture.from_folder(checkpoint.path).eval().to(device)
     if architecture is None:
         named = checkpoint.header.model if checkpoint.header else None
         why = f"names {named}, a Python file, which is only run when you ask" if named else "names no architecture"

@@ -16,6 +16,7 @@ from lrconvert import __version__
 from lrconvert.checkpoints.header import KEY, Header
 from lrconvert.checkpoints.hf_config import METHOD, from_config, to_config
 from lrconvert.errors import PlanError
+from lrconvert.models.huggingface_keys import renamed
 from lrconvert.plan import Plan
 from lrconvert.surgery import merge_module, plan_of, reshape
 
@@ -131,21 +132,13 @@ def _renamed(plan: Plan, model: Any) -> Plan:
 
     A layer that the model does not have, as the head when only the base model is loaded, is left out.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    own = model.state_dict()
-    conversions = get_model_conversion_mapping(model)
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    renamings = [each for each in conversions if not isinstance(each, WeightConverter)]
-    prefix = model.base_model_prefix
+    own, names = model.state_dict(), renamed(model, [layer.weight for layer in plan.low_rank])
     layers = []
     for layer in plan.low_rank:
-        key, converter = rename_source_key(layer.weight, renamings, converters, prefix, own)
-        if converter is not None:
+        key = names[layer.weight]
+        if key is None:
             raise PlanError(f"{layer.weight}: transformers merges this weight with others, so it cannot be factorized")
-        if key not in own:
-            continue
-        name = "" if key == "weight" else key.removesuffix(".weight")
-        layers.append(layer.model_copy(update={"name": name, "weight": key}))
+        if key in own:
+            name = "" if key == "weight" else key.removesuffix(".weight")
+            layers.append(layer.model_copy(update={"name": name, "weight": key}))
     return plan.model_copy(update={"layers": tuple(layers)})

@@ -1,8 +1,9 @@
 """An architecture by name: how to build it, and what its input looks like."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
@@ -23,6 +24,9 @@ class Architecture:
         args: keyword arguments of the factory.
         factory: builds the model on the current default device.
         inputs: what the model is called with, where the source knows it.
+        renamed: from the model and the keys of a checkpoint, the keys that the model has for them; None for tensors
+            that are merged with others on loading. Only of sources that do such things.
+        from_folder: loads a folder in the source's own way, for checkpoints that do not have the model's keys.
         as_graph: while this context lasts, the model's forward is one that can be exported.
     """
 
@@ -30,6 +34,8 @@ class Architecture:
     args: Mapping[str, Any]
     factory: Callable[..., nn.Module]
     inputs: Inputs | None = None
+    renamed: Callable[[nn.Module, Iterable[str]], Mapping[str, str | None]] | None = None
+    from_folder: Callable[[Path], nn.Module] | None = None
     as_graph: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext
 
     def build(self, device: str = "meta") -> nn.Module:

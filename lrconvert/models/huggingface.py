@@ -20,6 +20,7 @@ from lrconvert.errors import ModelError
 from lrconvert.inputs import Inputs
 from lrconvert.models.architecture import Architecture
 from lrconvert.models.huggingface_inputs import inputs_of
+from lrconvert.models.huggingface_keys import renamed
 
 CONFIG = "config.json"
 # How a header names the architecture: "hf/BertModel" with the configuration among its arguments.
@@ -67,6 +68,8 @@ def architecture(name: str, args: Mapping[str, Any]) -> Architecture:
         {_CONFIG_ARG: kept},
         partial(_build, found, config),
         inputs_of(found, config),
+        renamed,
+        partial(_from_folder, found),
         as_graph,
     )
 
@@ -125,6 +128,24 @@ def _build(kind: Any, parsed: Any, config: Mapping[str, Any]) -> nn.Module:
     model.tie_weights()
     built: nn.Module = model
     return built
+
+
+def _from_folder(kind: Any, folder: Path) -> nn.Module:
+    """What `from_pretrained` makes of a folder.
+
+    Raises:
+        ModelError: it cannot, or leaves weights out.
+    """
+    try:
+        found = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except Exception as error:
+        raise ModelError(f"{folder}: transformers cannot load it as {kind.__name__} ({_first_line(error)})") from error
+    model: nn.Module = found[0]
+    missing = {what: keys for what, keys in found[1].items() if keys}
+    if missing:
+        what, keys = next(iter(missing.items()))
+        raise ModelError(f"{folder}: not all of {kind.__name__} is in it ({what.replace('_', ' ')}: {min(keys)}, …)")
+    return model
 
 
 def _from_folder_or_hub(name: str, args: Mapping[str, Any]) -> Any:

@@ -157,6 +157,25 @@ def test_a_model_that_does_not_fit_is_read_from_the_file_alone(tmp_path):
         find_architecture(f"hf/{tmp_path}")
 
 
+def test_merged_experts_stay_dense(tmp_path):
+    """Mixtral's experts are separate in the file and one tensor in the model."""
+    config = transformers.MixtralConfig(
+        **networks.TEXT, **networks.SIZES, num_key_value_heads=2, num_local_experts=4, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    record = lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.25", output=tmp_path / "small", keep_first=0)
+    chosen = {row.name.rpartition(".")[2] for row in record.layers if row.rank is not None}
+    assert chosen == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    reasons = {row.reason for row in record.layers if ".experts." in row.name}
+    assert reasons == {"merged with others when it is loaded"}
+    small = lrconvert.load(tmp_path / "small")
+    assert sum(isinstance(module, LowRank) for module in small.modules()) == 8
+    with torch.no_grad():
+        out = small(torch.arange(9)[None]).logits
+        assert_close(out, lrconvert.merge(small)(torch.arange(9)[None]).logits, 1e-5)
+
+
 def test_code_in_a_folder_is_never_run(tmp_path):
     networks.build("bert").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
