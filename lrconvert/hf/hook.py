@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -21,7 +22,13 @@ def install() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("lrconvert.hf.quantizer").register()
+    try:
+        importlib.import_module("lrconvert.hf.quantizer").register()
+    except Exception as error:
+        # Whatever is wrong with another version of transformers, importing it must go on working.
+        warnings.warn(
+            f"lrconvert could not register with transformers, which will refuse its folders: {error}", stacklevel=2
+        )
 
 
 class _Finder(MetaPathFinder):

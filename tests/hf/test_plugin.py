@@ -11,7 +11,9 @@ from helpers import assert_close
 from safetensors import safe_open
 
 import lrconvert
+import lrconvert.models.huggingface
 from lrconvert.exporters.check import tensors_in
+from lrconvert.hf import hook
 from lrconvert.layers import LowRank
 
 transformers = pytest.importorskip("transformers")
@@ -164,6 +166,15 @@ def test_what_is_written(bert):
     card = (bert / "small" / "README.md").read_text()
     assert "import lrconvert" in card
     assert "refuses" in card
+
+
+def test_importing_transformers_survives_a_failed_registration(monkeypatch):
+    def fail(name):
+        raise ImportError("another version")
+
+    monkeypatch.setattr("lrconvert.hf.hook.importlib.import_module", fail)
+    with pytest.warns(UserWarning, match=r"could not register with transformers.*another version"):
+        hook.install()
 
 
 PROGRAM = """
