@@ -4,14 +4,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lrconvert.checkpoints import Checkpoint, fitted, open_checkpoint
 from lrconvert.checkpoints.quantized import describe
 from lrconvert.cost import Trace, trace
-from lrconvert.errors import CheckpointError, ModelError, PlanError
+from lrconvert.errors import CheckpointError, ModelError, PlanError, UsageError
 from lrconvert.factorization import merging
 from lrconvert.inputs import Inputs, one_input
 from lrconvert.layers import LAYOUTS, Layer
@@ -22,6 +22,9 @@ from lrconvert.plan import Order
 from lrconvert.rewrite import layout_of
 from lrconvert.surgery import reshape
 from lrconvert.tensors import TensorRef, count_parameters, refs_of, shapes_of
+
+if TYPE_CHECKING:
+    from lrconvert.onnx_graph.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,15 @@ def open_network(
     network = Network(
         str(checkpoint.path), checkpoint.tensors, (), "file", 0, checkpoint=checkpoint, notes=checkpoint.notes
     )
+    if checkpoint.graph is not None:
+        return _from_graph(network, checkpoint.graph, model, input_shape)
     architecture = architecture_of(checkpoint, model, model_args)
     if architecture is None:
-        return _from_own_config(network) or _from_file_alone(network)
+        return _from_own_config(network, input_shape) or _from_file_alone(network)
     return _from_architecture(network, checkpoint, architecture, input_shape)
 
 
-def _from_own_config(network: Network) -> Network | None:
+def _from_own_config(network: Network, input_shape: tuple[int, ...] | None) -> Network | None:
     """The network with the model that its folder's config.json describes, where that works."""
     checkpoint = network.checkpoint
     if checkpoint is None or checkpoint.quantized:
@@ -104,7 +109,7 @@ def _from_own_config(network: Network) -> Network | None:
     if architecture is None:
         return None
     try:
-        return _from_architecture(network, checkpoint, architecture)
+        return _from_architecture(network, checkpoint, architecture, input_shape)
     except (ModelError, PlanError) as error:
         # Nobody asked for this model: the file alone will do.
         note = f"read from the file alone: config.json names {architecture.name}, but {error}"
@@ -255,6 +260,21 @@ def _by_dtype(layer: Layer, network: Network) -> Layer:
         return layer
     kind = "complex" if ref.dtype.is_complex else "integer"
     return replace(layer, kind=kind, dense_reason=f"{kind} numbers: only real weights are factorized", guess=False)
+
+
+def _from_graph(network: Network, graph: "Graph", model: str | None, input_shape: tuple[int, ...] | None) -> Network:
+    if model is not None:
+        raise UsageError(f"{network.name} is a graph and needs no model: leave --model out")
+    layers = tuple(weight.layer for weight in graph.weights)
+    header = network.checkpoint.header if network.checkpoint else None
+    quantized = sum(layer.num_params for layer in layers if layer.kind == "quantized")
+    return replace(
+        network,
+        layers=layers,
+        order="execution",
+        num_params=count_parameters(network.tensors) + quantized,
+        inputs=one_input(input_shape or (header.input_shape if header else None)),
+    )
 
 
 def _from_file_alone(network: Network) -> Network:

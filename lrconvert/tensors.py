@@ -59,6 +59,13 @@ def shapes_of(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
     return {key: ref.shape for key, ref in tensors.items()}
 
 
+def relative_difference(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖ in float64; ‖got‖ where `want` is zero."""
+    difference = torch.linalg.vector_norm(got.double() - want.double())
+    size = torch.linalg.vector_norm(want.double())
+    return float(difference / size) if size else float(difference)
+
+
 def count_parameters(tensors: Mapping[str, TensorRef]) -> int:
     """Parameters in a state dict: real and complex tensors that are not known buffers, shared ones counted once."""
     return sum(

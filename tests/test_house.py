@@ -18,7 +18,7 @@ FLOORS = [
     {"spectrum"},
     {"ranks", "cost"},
     {"plan", "rewrite"},
-    {"factorization", "surgery"},
+    {"factorization", "surgery", "onnx_graph"},
     {"checkpoints", "models"},
     {"hf"},
     {"network"},

@@ -1,6 +1,6 @@
 """`compare`: two checkpoints side by side, weights merged, outputs and latency measured where models are known."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +8,15 @@ import torch
 
 from lrconvert.api.load import load
 from lrconvert.checkpoints import Checkpoint, open_checkpoint
-from lrconvert.cost import measure_latency
+from lrconvert.cost import Latency, measure_latency
 from lrconvert.errors import CheckpointError
-from lrconvert.exporters.check import relative_difference, tensors_in
+from lrconvert.exporters.check import tensors_in
 from lrconvert.factorization import merge_weight
-from lrconvert.inputs import examples
+from lrconvert.inputs import examples, shape_of
 from lrconvert.network import Network, open_network
 from lrconvert.plan import LayerPlan
 from lrconvert.report.record import CompareRecord, LayerDifference, Side
+from lrconvert.tensors import relative_difference
 
 
 def compare(
@@ -31,8 +32,8 @@ def compare(
 
     Args:
         first, second: checkpoints, dense or factorized; usually a network before and after.
-        model, model_args, input_shape: the architecture of both, where the files do not name it. With it, outputs
-            are compared on one random batch, and latency is measured in turn on this machine's CPU.
+        model, model_args, input_shape: the architecture of both, where the files do not name it. With it, or for two
+            graphs, outputs are compared on one random batch, and latency is measured in turn on this machine's CPU.
         batch_size: of that batch.
 
     Raises:
@@ -54,6 +55,12 @@ def compare(
     difference, note = None, None
     if all(network.trace is not None for network in networks):
         difference, note, sides = _run_both(files, networks, sides, model, model_args, batch_size)
+    graphs = [file.graph for file in files]
+    if graphs[0] is not None and graphs[1] is not None:
+        from lrconvert.onnx_graph.check import side_by_side
+
+        if (ran := side_by_side(graphs[0], graphs[1], shape_of(networks[0].inputs))) is not None:
+            difference, note, sides = ran.difference, ran.note, _timed(sides, ran.latencies)
     return CompareRecord(
         first=sides[0],
         second=sides[1],
@@ -68,6 +75,8 @@ def compare(
 def _dense_keys(checkpoint: Checkpoint) -> dict[str, LayerPlan | None]:
     """Key of every tensor of the merged network, to the decision for it where it is factorized."""
     plan = checkpoint.header.plan if checkpoint.header else None
+    if checkpoint.graph is not None:
+        return dict(checkpoint.graph.dense_keys(plan))
     factorized = {layer.key("u"): layer for layer in plan.low_rank} if plan else {}
     renamed = {layer.key("v", "bias"): layer.bias_key for layer in plan.low_rank} if plan else {}
     skipped = {layer.key("v") for layer in factorized.values()}
@@ -105,6 +114,8 @@ def _weight(checkpoint: Checkpoint, key: str, decision: LayerPlan | None) -> tor
     if decision is None:
         ref = checkpoint.tensors.get(key)
         return ref.read() if ref is not None and ref.dtype.is_floating_point else None
+    if checkpoint.graph is not None:
+        return checkpoint.graph.merged_weight(decision)
     u, v = (checkpoint.tensors[decision.key(factor)].read() for factor in ("u", "v"))
     return merge_weight(u, v, decision)
 
@@ -137,10 +148,14 @@ def _run_both(
         outputs = [torch.cat([out.flatten() for out in tensors_in(model(*arguments, **names))]) for model in models]
         calls = [lambda model=model: model(*arguments, **names) for model in models]
         times = measure_latency(calls)
-    timed = [
+    note = f"CPU, {torch.get_num_threads()} threads, float32, batch {batch_size}, median of {times[0].n}, in turn"
+    same = outputs[0].shape == outputs[1].shape
+    return relative_difference(outputs[1], outputs[0]) if same else None, note, _timed(sides, times)
+
+
+def _timed(sides: list[Side], times: Sequence[Latency]) -> list[Side]:
+    """The sides with their latency."""
+    return [
         side.model_copy(update={"latency_ms": time.median_ms, "latency_range_ms": (time.low_ms, time.high_ms)})
         for side, time in zip(sides, times, strict=True)
     ]
-    note = f"CPU, {torch.get_num_threads()} threads, float32, batch {batch_size}, median of {times[0].n}, in turn"
-    same = outputs[0].shape == outputs[1].shape
-    return relative_difference(outputs[1], outputs[0]) if same else None, note, timed

@@ -3,20 +3,26 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from lrconvert.analysis import Progress
 from lrconvert.api.common import header_for, resolve_device
 from lrconvert.api.load import load
-from lrconvert.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
+from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.errors import ModelError, UnknownNameError, UsageError, VerificationError
 from lrconvert.exporters import GRAPHS
 from lrconvert.factorization import merging
-from lrconvert.network import open_network
+from lrconvert.inputs import shape_of
+from lrconvert.network import Network, open_network
 from lrconvert.report.record import ExportRecord
 from lrconvert.rewrite import layout_of, moving
 from lrconvert.tensors import shapes_of
+
+if TYPE_CHECKING:
+    from lrconvert.onnx_graph.graph import Graph
 
 TENSORS = ("safetensors", "dense")
 FORMATS = (*GRAPHS, *TENSORS)
@@ -58,9 +64,13 @@ def export(
     path = Path(output)
     check_writable(path, overwrite)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if checkpoint.graph is not None and format != "dense":
+        raise UsageError(
+            f"{checkpoint.path} is a graph already: it is exported as dense only, with its factors multiplied out"
+        )
     if format in GRAPHS:
         return _export_graph(checkpoint, path, format, model, model_args, input_shape, tolerance, overwrite)
-    return _export_tensors(checkpoint, path, format, overwrite, device, progress)
+    return _export_tensors(checkpoint, path, format, tolerance, overwrite, device, progress)
 
 
 def _export_graph(
@@ -95,10 +105,18 @@ def _export_graph(
 
 
 def _export_tensors(
-    checkpoint: Checkpoint, path: Path, format: str, overwrite: bool, device: str, progress: Progress | None
+    checkpoint: Checkpoint,
+    path: Path,
+    format: str,
+    tolerance: float,
+    overwrite: bool,
+    device: str,
+    progress: Progress | None,
 ) -> ExportRecord:
     where = resolve_device(device)
     network = open_network(checkpoint)
+    if checkpoint.graph is not None:
+        return _merge_graph(network, checkpoint.graph, path, format, tolerance, overwrite, where, progress)
     if format == "safetensors" and path.suffix not in (".safetensors", ""):
         raise UsageError(f"{path}: the format is safetensors, so end the output in .safetensors")
     plan = checkpoint.header.plan if checkpoint.header else None
@@ -121,4 +139,43 @@ def _export_tensors(
         raise VerificationError(f"{path}: read back, its tensors are not the ones that were written")
     return ExportRecord(
         source=str(checkpoint.path), output=str(path), format=format, nbytes=written.nbytes, checked_with="read back"
+    )
+
+
+def _merge_graph(
+    network: Network,
+    graph: "Graph",
+    path: Path,
+    format: str,
+    tolerance: float,
+    overwrite: bool,
+    device: torch.device,
+    progress: Progress | None,
+) -> ExportRecord:
+    from lrconvert.checkpoints.onnx_file import write_merged
+
+    header = network.checkpoint.header if network.checkpoint else None
+    plan = header.plan if header else None
+    if plan is None:
+        raise UsageError(f"{network.name} is dense already: it holds no plan of lrconvert's")
+    check_output(path, network.checkpoint, overwrite)
+    outcome = write_merged(
+        path,
+        graph,
+        plan,
+        header_for(network, None),
+        input_shape=shape_of(network.inputs),
+        tolerance=tolerance,
+        overwrite=overwrite,
+        device=device,
+        progress=progress("merging", len(plan.low_rank)) if progress else None,
+    )
+    return ExportRecord(
+        source=network.name,
+        output=str(path),
+        format=format,
+        nbytes=open_checkpoint(path).nbytes,
+        checked_with=outcome.note,
+        difference=outcome.difference,
+        opset=graph.opset,
     )

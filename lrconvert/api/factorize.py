@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
@@ -16,11 +16,16 @@ from lrconvert.checkpoints.folder import left_behind
 from lrconvert.errors import NothingToCompressError, PlanError, UsageError
 from lrconvert.factorization import factorizing
 from lrconvert.hf.mark import mark
+from lrconvert.inputs import shape_of
 from lrconvert.network import Network, Source, open_network, refuse_quantized
 from lrconvert.plan import Plan, check_plan, decide, reasons_to_stay_dense, split
 from lrconvert.report.record import FactorizeRecord
 from lrconvert.surgery import check_fits, factorize_module, merge_module, plan_of
 from lrconvert.tensors import shapes_of
+
+if TYPE_CHECKING:
+    from lrconvert.onnx_graph.check import Outcome
+    from lrconvert.onnx_graph.graph import Graph
 
 
 def make_plan(
@@ -139,6 +144,7 @@ def factorize(
     started = time.perf_counter()
     where = resolve_device(device)
     network = open_network(source, model, model_args, input_shape)
+    graph = network.checkpoint.graph if network.checkpoint else None
     _refuse_factorized(network)
     if isinstance(source, nn.Module):
         if output is not None or dry_run:
@@ -152,8 +158,11 @@ def factorize(
     elif settings:
         raise UsageError(f"{', '.join(settings)}: a finished plan takes no more settings")
     else:
-        check_plan(plan, shapes_of(network.tensors))
-        refuse_quantized(network, [layer.name for layer in plan.low_rank])
+        if graph is not None:
+            graph.check(plan)
+        else:
+            check_plan(plan, shapes_of(network.tensors))
+            refuse_quantized(network, [layer.name for layer in plan.low_rank])
         if network.module is not None:
             check_fits(network.module, plan)
         plan = _with_errors(plan, network, where, progress)
@@ -161,6 +170,10 @@ def factorize(
         raise NothingToCompressError(_why_nothing(plan, network))
     if isinstance(source, nn.Module):
         return mark(factorize_module(source, plan, where))
+    if graph is not None:
+        outcome = None if dry_run else _write_graph(network, graph, plan, Path(str(output)), overwrite, where, progress)
+        path = None if dry_run else Path(str(output))
+        return _record(network, plan, path, time.perf_counter() - started, outcome)
     steps = factorizing(network.tensors, plan, where)
     if not dry_run:
         advance = progress("factorizing", len(steps)) if progress else None
@@ -174,6 +187,29 @@ def factorize(
             progress=advance,
         )
     return _record(network, plan, None if dry_run else Path(str(output)), time.perf_counter() - started)
+
+
+def _write_graph(
+    network: Network,
+    graph: "Graph",
+    plan: Plan,
+    output: Path,
+    overwrite: bool,
+    device: torch.device,
+    progress: Progress | None,
+) -> "Outcome":
+    from lrconvert.checkpoints.onnx_file import write_factorized
+
+    return write_factorized(
+        output,
+        graph,
+        plan,
+        header_for(network, plan),
+        input_shape=shape_of(network.inputs),
+        overwrite=overwrite,
+        device=device,
+        progress=progress("factorizing", len(plan.low_rank)) if progress else None,
+    )
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -222,7 +258,9 @@ def _why_nothing(plan: Plan, network: Network) -> str:
     return f"{network.name}: no layer to factorize ({shown}); try another rule, --keep-first 0, or --include LAYER"
 
 
-def _record(network: Network, plan: Plan, output: Path | None, seconds: float) -> FactorizeRecord:
+def _record(
+    network: Network, plan: Plan, output: Path | None, seconds: float, outcome: "Outcome | None" = None
+) -> FactorizeRecord:
     rows = layer_decisions(plan, network)
     macs = network.trace.macs if network.trace else None
     saved = sum((row.macs_before or 0) - (row.macs_after or 0) for row in rows)
@@ -239,6 +277,12 @@ def _record(network: Network, plan: Plan, output: Path | None, seconds: float) -
         nbytes_before=network.checkpoint.nbytes if network.checkpoint else None,
         nbytes_after=open_checkpoint(output).nbytes if output else None,
         seconds=seconds if output else None,
-        notes=(*network.notes, *(left_behind(network.checkpoint) if network.checkpoint else ())),
+        checked_with=outcome.runner if outcome and outcome.difference is not None else None,
+        difference=outcome.difference if outcome else None,
+        notes=(
+            *network.notes,
+            *(left_behind(network.checkpoint) if network.checkpoint else ()),
+            *([outcome.note] if outcome else []),
+        ),
         layers=rows,
     )

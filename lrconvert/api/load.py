@@ -43,6 +43,8 @@ def load(
         PlanError: the plan in the file does not fit the model.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if checkpoint.graph is not None:
+        raise ModelError(f"{checkpoint.path} is a graph: onnxruntime runs it, torch cannot load it")
     if isinstance(model, nn.Module):
         if model_args:
             raise UsageError("model_args go with the name of an architecture, not with a live model")

@@ -65,6 +65,10 @@ def _open(path: Path, key: str | None) -> Checkpoint:
         raise CheckpointError(f"{path}: the file is empty; download or save it again")
     if path.name.endswith(folder.INDEX):
         return folder.read_index(path)
+    if path.suffix == ".onnx":
+        from lrconvert.checkpoints.onnx_file import read_onnx
+
+        return read_onnx(path)
     with path.open("rb") as file:
         start = file.read(9)
     if path.suffix == ".safetensors" or start[8:9] == b"{":
@@ -72,8 +76,6 @@ def _open(path: Path, key: str | None) -> Checkpoint:
     for magic, what in FOREIGN.items():
         if start.startswith(magic):
             raise CheckpointError(f"{path}: {what}")
-    if path.suffix == ".onnx":
-        raise CheckpointError(f"{path}: ONNX graphs are not read yet; give the checkpoint it was exported from")
     if zipfile.is_zipfile(path) and is_pt2(names_in_zip(path)):
         return read_pt2(path, key)
     return read_torch(path, key)
@@ -87,6 +89,10 @@ def check_output(path: Path, source: Checkpoint | None, overwrite: bool) -> None
         OutputExistsError: it exists and `overwrite` is False, or is a folder that lrconvert did not write.
     """
     check_writable(path, overwrite)
+    if source is not None and source.graph is not None:
+        if path.suffix != ".onnx" or path.is_dir():
+            raise UsageError(f"{path}: a graph stays a graph; end the output in .onnx")
+        return
     if path.suffix in FILE_SUFFIXES:
         if path.is_dir():
             raise OutputExistsError(f"{path} is a folder; choose another output")

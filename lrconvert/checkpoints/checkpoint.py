@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lrconvert.checkpoints.header import Header
 from lrconvert.checkpoints.quantized import Quantized
 from lrconvert.tensors import TensorRef
+
+if TYPE_CHECKING:
+    from lrconvert.onnx_graph.graph import Graph  # onnx is imported for those who have a graph
 
 
 def with_shared(tensors: dict[str, TensorRef], shared: Mapping[str, str]) -> dict[str, TensorRef]:
@@ -25,7 +29,7 @@ class Checkpoint:
 
     Attributes:
         path: the file or folder that was asked for.
-        format: "safetensors", "torch", "pt2" or "folder".
+        format: "safetensors", "torch", "pt2", "folder" or "onnx".
         tensors: key to tensor, in the order of the file.
         header: what lrconvert wrote into it, if lrconvert wrote it.
         notes: what was done to get at the state dict, for the report.
@@ -34,6 +38,7 @@ class Checkpoint:
         likely_prefixes: what its writer may have put before every key.
         prefix: what was taken off every key, though it may have been the model's.
         quantized: layers whose weights are codes, by name.
+        graph: what computes with the tensors, where the file says it.
     """
 
     path: Path
@@ -46,6 +51,7 @@ class Checkpoint:
     likely_prefixes: tuple[str, ...] = ("module.",)
     prefix: str = ""
     quantized: dict[str, Quantized] = field(default_factory=dict)
+    graph: "Graph | None" = None
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ def factorize(
     checkpoint: options.Checkpoint,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="A .safetensors or .pt file; a folder when CKPT is one."),
+        typer.Option("--output", "-o", help="A .safetensors or .pt file; .onnx or a folder when CKPT is one."),
     ] = None,
     auto: Annotated[
         bool, typer.Option("--auto", help="Cuttlefish: scaled stable rank, for linear layers accumulative rank too.")

@@ -9,7 +9,7 @@ import typer
 from lrconvert.errors import UsageError
 
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="A .pt, .pth, .bin, .pt2 or .safetensors file, or a folder.")
+    Path, typer.Argument(metavar="CKPT", help="A .pt, .pth, .bin, .pt2, .safetensors or .onnx file, or a folder.")
 ]
 CheckpointKey = Annotated[
     str | None,

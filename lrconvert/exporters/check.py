@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lrconvert.errors import VerificationError
 from lrconvert.inputs import Inputs, examples
+from lrconvert.tensors import relative_difference
 
 BATCH_SIZES = (1, 3)
 
@@ -45,13 +46,6 @@ def reason_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def relative_difference(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖ in float64; ‖got‖ where `want` is zero."""
-    difference = torch.linalg.vector_norm(got.double() - want.double())
-    size = torch.linalg.vector_norm(want.double())
-    return float(difference / size) if size else float(difference)
 
 
 def check_against(

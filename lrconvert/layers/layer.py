@@ -52,8 +52,10 @@ class Layer:
     @property
     def unit(self) -> str:
         """What counts as one layer in a network's depth: all weights of one recurrent layer, or of one attention."""
-        recurrent = re.search(r"_l\d+(_reverse)?$", self.name) if self.kind in COMPOSITE_KINDS else None
-        return f"{self.owner}{recurrent[0].removesuffix('_reverse')}" if recurrent else self.owner
+        if self.kind not in COMPOSITE_KINDS or self.kind == "attention":
+            return self.owner
+        number = re.search(r"_l\d+", self.name.rpartition(".")[2])
+        return f"{self.owner}{number[0]}" if number else self.name
 
     @property
     def parameter(self) -> str:

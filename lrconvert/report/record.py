@@ -125,6 +125,8 @@ class FactorizeRecord(Record):
         macs_before, macs_after: of the whole network for one input, where it was traced.
         nbytes_before, nbytes_after: size on disk, measured.
         seconds: time spent on reading, factorizing and writing, measured.
+        checked_with, difference: what ran the written graph beside the one with merged weights, and the largest
+            ‖got − want‖ / ‖want‖, measured; None for files that are no graphs, and for graphs that could not be run.
         layers: one row a weight.
     """
 
@@ -142,6 +144,8 @@ class FactorizeRecord(Record):
     nbytes_before: int | None
     nbytes_after: int | None
     seconds: float | None
+    checked_with: str | None = None
+    difference: float | None = None
     notes: tuple[str, ...]
     layers: tuple[LayerDecision, ...]
 
