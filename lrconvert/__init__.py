@@ -7,6 +7,8 @@ The names below are the public API; everything else may change. They are importe
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lrconvert.hf.hook import install as _install
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -56,6 +58,10 @@ _HOME = {
     "save": "api.load",
     "save_plan": "checkpoints.plan_file",
 }
+
+
+# From here on `from_pretrained` of transformers loads folders that lrconvert factorized.
+_install()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The network a job works on: its tensors, its layers in order, and what a forward pass showed of it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,12 @@ from torch import nn
 from lrconvert.checkpoints import Checkpoint, fitted, open_checkpoint
 from lrconvert.checkpoints.quantized import describe
 from lrconvert.cost import Trace, trace
-from lrconvert.errors import CheckpointError, ModelError, UsageError
+from lrconvert.errors import CheckpointError, ModelError, PlanError, UsageError
 from lrconvert.factorization import merging
 from lrconvert.inputs import Inputs, one_input
 from lrconvert.layers import LAYOUTS, Layer
 from lrconvert.layers.survey import layers_of_module, layers_of_tensors, tied_names
-from lrconvert.models import Architecture, find_architecture
+from lrconvert.models import Architecture, architecture_in, find_architecture, inputs_of_live
 from lrconvert.patterns import first_match
 from lrconvert.plan import Order
 from lrconvert.rewrite import layout_of
@@ -87,7 +87,7 @@ def open_network(
     if isinstance(source, nn.Module):
         tensors = refs_of(source.state_dict())
         network = Network(type(source).__name__, tensors, (), "file", 0, module=source)
-        return _with_module(network, source, one_input(input_shape or _own_shape(source)))
+        return _with_module(network, source, one_input(input_shape or _own_shape(source)) or inputs_of_live(source))
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     network = Network(
         str(checkpoint.path), checkpoint.tensors, (), "file", 0, checkpoint=checkpoint, notes=checkpoint.notes
@@ -96,7 +96,56 @@ def open_network(
         return _from_graph(network, checkpoint.graph, model, input_shape)
     architecture = architecture_of(checkpoint, model, model_args)
     if architecture is None:
-        return _from_file_alone(network)
+        return _from_own_config(network, input_shape) or _from_file_alone(network)
+    return _from_architecture(network, checkpoint, architecture, input_shape)
+
+
+def _from_own_config(network: Network, input_shape: tuple[int, ...] | None) -> Network | None:
+    """The network with the model that its folder's config.json describes, where that works."""
+    checkpoint = network.checkpoint
+    if checkpoint is None or checkpoint.quantized:
+        return None
+    architecture = own_architecture(checkpoint)
+    if architecture is None:
+        return None
+    try:
+        return _from_architecture(network, checkpoint, architecture, input_shape)
+    except (ModelError, PlanError) as error:
+        # Nobody asked for this model: the file alone will do.
+        note = f"read from the file alone: config.json names {architecture.name}, but {error}"
+        network = _from_file_alone(network)
+        layers = _settled(network.layers, architecture)
+        return replace(network, layers=layers, notes=(*network.notes, note))
+
+
+def _settled(layers: tuple[Layer, ...], architecture: Architecture) -> tuple[Layer, ...]:
+    """`layers` of a file, by what its architecture says of them, though not all of its keys are the model's."""
+    if architecture.renamed is None:
+        return layers
+    try:
+        model = architecture.build()
+    except ModelError:
+        return layers
+    names = architecture.renamed(model, [layer.weight for layer in layers])
+    known = {layer.weight: layer for layer in layers_of_module(model)}
+    settled = []
+    for layer in layers:
+        name = names[layer.weight]
+        found = known.get(name) if name else None
+        if name is None:
+            layer = replace(layer, dense_reason="merged with others when it is loaded", guess=False)
+        elif found is not None and found.shape == layer.shape:
+            layer = replace(found, name=layer.name, weight=layer.weight)
+        settled.append(layer)
+    return tuple(settled)
+
+
+def _from_architecture(
+    network: Network,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    input_shape: tuple[int, ...] | None = None,
+) -> Network:
     if checkpoint.quantized:
         raise CheckpointError(describe(checkpoint.path, checkpoint.quantized))
     dense = architecture.build()
@@ -106,6 +155,11 @@ def open_network(
     header = checkpoint.header
     inputs = one_input(input_shape or (header.input_shape if header else None)) or architecture.inputs
     return _with_module(replace(network, architecture=architecture), module, inputs)
+
+
+def own_architecture(checkpoint: Checkpoint) -> Architecture | None:
+    """The architecture that the config.json of a Hugging Face folder describes, where transformers knows it."""
+    return architecture_in(checkpoint.path) if checkpoint.format == "folder" and checkpoint.path.is_dir() else None
 
 
 def architecture_of(
@@ -157,7 +211,7 @@ def _check_match(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: 
     missing = {key for key in wanted if key not in found and not key.endswith("num_batches_tracked")}
     # A weight that the model ties is stored once.
     missing -= {key for names in tied_names(module) for key in names if any(name in found for name in names)}
-    unexpected = [key for key in found if key not in wanted]
+    unexpected = sorted(found.keys() - wanted.keys() - not_loaded(module, found), key=list(found).index)
     if missing or unexpected:
         parts = [
             f"{len(keys)} key(s) {where} ({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})"
@@ -165,6 +219,18 @@ def _check_match(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: 
             if keys
         ]
         raise ModelError(f"the checkpoint does not match {name}: {'; '.join(parts)}; is this the right --model?")
+
+
+def not_loaded(module: nn.Module, keys: Iterable[str]) -> set[str]:
+    """Those of `keys` that are not in the module's state dict but may be in a checkpoint of it.
+
+    They are buffers that older versions of the module saved, and what a model of transformers says it ignores.
+    """
+    wanted, buffers = module.state_dict(), dict(module.named_buffers())
+    ignored = [re.compile(pattern) for pattern in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    return {
+        key for key in keys if key not in wanted and (key in buffers or any(pattern.search(key) for pattern in ignored))
+    }
 
 
 def refuse_quantized(network: Network, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
@@ -269,12 +335,23 @@ def _with_module(network: Network, module: nn.Module, inputs: Inputs | None) -> 
     if inputs is None:
         return replace(network, notes=(*network.notes, "MACs and execution order need --input-shape"))
     try:
-        found = trace(module, inputs)
+        found = _trace(module, inputs)
     except Exception as error:
         # Any model may fail on the meta device, and all that is lost is the order and the MACs.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return replace(network, notes=(*network.notes, f"no MACs and no execution order: the model failed ({reason})"))
     return replace(network, layers=_in_execution_order(layers, found), order="execution", trace=found)
+
+
+def _trace(module: nn.Module, inputs: Inputs) -> Trace:
+    try:
+        return trace(module, inputs)
+    except Exception:
+        # Masks are looked into (is anything hidden?), which fails where there is no data; and they hide nothing here.
+        unmasked = tuple(each for each in inputs if each.kind != "mask" or each.name is None)
+        if unmasked == inputs:
+            raise
+        return trace(module, unmasked)
 
 
 def _in_execution_order(layers: tuple[Layer, ...], found: Trace) -> tuple[Layer, ...]:

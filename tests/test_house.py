@@ -20,6 +20,7 @@ FLOORS = [
     {"plan", "rewrite"},
     {"factorization", "surgery", "onnx_graph"},
     {"checkpoints", "models"},
+    {"hf"},
     {"network"},
     {"analysis", "exporters", "report"},
     {"api"},

@@ -1,6 +1,7 @@
 """The main job on real trained checkpoints: a transformer's folder, a CNN's file, a wrapped training checkpoint."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -99,8 +100,12 @@ def test_resemblyzer_s_lstm_goes_the_whole_way(real_checkpoints, cli, tmp_path, 
 def test_ends_of_the_folder_are_kept(real_checkpoints, tmp_path):
     source = real_checkpoints["minilm"]
     lrconvert.factorize(source, "rank=64", output=tmp_path / "out")
-    for name in ("config.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json"):
+    for name in ("tokenizer.json", "vocab.txt", "1_Pooling/config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    entry = config.pop("quantization_config")
+    assert config == json.loads((source / "config.json").read_text())
+    assert entry["quant_method"] == "lrconvert"
     assert "Low-rank weights" in (tmp_path / "out" / "README.md").read_text()
 
 

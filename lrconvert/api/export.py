@@ -1,6 +1,7 @@
 """`export`: a checkpoint as ONNX, torch.export archive, safetensors, or dense again."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,8 @@ def _export_graph(
     if network.inputs is None:
         raise ModelError(f"{checkpoint.path}: the shape of its input is not known; add --input-shape 3,224,224")
     header = header_for(network, checkpoint.header.plan if checkpoint.header else None)
-    with atomic_path(path, overwrite) as temporary:
+    as_graph = network.architecture.as_graph if network.architecture else nullcontext
+    with atomic_path(path, overwrite) as temporary, as_graph(loaded):
         checked = GRAPHS[format](loaded, network.inputs, temporary, header, tolerance)
         nbytes = temporary.stat().st_size
     return ExportRecord(

@@ -15,6 +15,7 @@ from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, wri
 from lrconvert.checkpoints.folder import left_behind
 from lrconvert.errors import NothingToCompressError, PlanError, UsageError
 from lrconvert.factorization import factorizing
+from lrconvert.hf.mark import mark
 from lrconvert.inputs import shape_of
 from lrconvert.network import Network, Source, open_network, refuse_quantized
 from lrconvert.plan import Plan, check_plan, decide, reasons_to_stay_dense, split
@@ -168,7 +169,7 @@ def factorize(
     if not plan.low_rank:
         raise NothingToCompressError(_why_nothing(plan, network))
     if isinstance(source, nn.Module):
-        return factorize_module(source, plan, where)
+        return mark(factorize_module(source, plan, where))
     if graph is not None:
         outcome = None if dry_run else _write_graph(network, graph, plan, Path(str(output)), overwrite, where, progress)
         path = None if dry_run else Path(str(output))
@@ -217,7 +218,7 @@ def merge(model: nn.Module) -> nn.Module:
     Returns:
         The model; a new object only when the model is itself one low-rank layer.
     """
-    return merge_module(model)
+    return mark(merge_module(model))
 
 
 def _refuse_factorized(network: Network) -> None:

@@ -4,9 +4,12 @@ from pathlib import Path
 
 from lrconvert.api.common import layer_decisions
 from lrconvert.checkpoints import Checkpoint, open_checkpoint
+from lrconvert.checkpoints.hf_config import is_transformers
 from lrconvert.checkpoints.quantized import describe
 from lrconvert.report.record import InfoRecord
 from lrconvert.tensors import count_parameters
+
+FOR_TRANSFORMERS = "from_pretrained of transformers loads it after `import lrconvert`, and refuses it without"
 
 
 def info(source: str | Path | Checkpoint) -> InfoRecord:
@@ -29,10 +32,11 @@ def info(source: str | Path | Checkpoint) -> InfoRecord:
         if layer.rank is None:
             dense[layer.reason] = dense.get(layer.reason, 0) + 1
     rows = layer_decisions(plan, None) if plan else ()
+    by_transformers = plan is not None and checkpoint.path.is_dir() and is_transformers(checkpoint.path)
     return InfoRecord(
         source=str(checkpoint.path),
         format=checkpoint.format,
-        notes=(*checkpoint.notes, *quantized),
+        notes=(*checkpoint.notes, *quantized, *([FOR_TRANSFORMERS] if by_transformers else [])),
         nbytes=checkpoint.nbytes,
         num_tensors=len(checkpoint.tensors),
         num_params=num_params,

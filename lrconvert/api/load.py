@@ -10,9 +10,10 @@ from torch import nn
 from lrconvert.api.common import WRITTEN_BY
 from lrconvert.checkpoints import Checkpoint, Header, fitted, open_checkpoint, write_checkpoint
 from lrconvert.errors import ModelError, UsageError
+from lrconvert.hf.mark import mark
 from lrconvert.layers.survey import tied_names
 from lrconvert.models import Architecture
-from lrconvert.network import architecture_of, fit
+from lrconvert.network import architecture_of, fit, not_loaded, own_architecture
 from lrconvert.rewrite import moving
 from lrconvert.surgery import plan_of
 from lrconvert.tensors import refs_of
@@ -48,8 +49,16 @@ def load(
         if model_args:
             raise UsageError("model_args go with the name of an architecture, not with a live model")
         checkpoint = fitted(checkpoint, model.state_dict())
-        return _fill(fit(model, checkpoint, type(model).__name__), checkpoint)
+        return mark(_fill(fit(model, checkpoint, type(model).__name__), checkpoint))
     architecture = architecture_of(checkpoint, model, model_args)
+    if architecture is None:
+        architecture = own_architecture(checkpoint)
+        if architecture is not None and architecture.from_folder is not None:
+            try:
+                return mark(_build(architecture, checkpoint)).eval().to(device)
+            except ModelError:
+                # Its keys are not the model's, but the library may know how they became it.
+                return architecture.from_folder(checkpoint.path).eval().to(device)
     if architecture is None:
         named = checkpoint.header.model if checkpoint.header else None
         why = f"names {named}, a Python file, which is only run when you ask" if named else "names no architecture"
@@ -57,7 +66,7 @@ def load(
             f"{checkpoint.path} {why}; give one: load(path, model), --model SOURCE/NAME (torchvision/resnet18, "
             "timm/…, hf/…) or --model file.py:factory"
         )
-    return _build(architecture, checkpoint).eval().to(device)
+    return mark(_build(architecture, checkpoint)).eval().to(device)
 
 
 def save(
@@ -89,18 +98,22 @@ def save(
 
 
 def _build(architecture: Architecture, checkpoint: Checkpoint) -> nn.Module:
+    """The model with the checkpoint's weights, in their dtype where the constructor need not run on real parameters."""
     model = architecture.build()
     checkpoint = fitted(checkpoint, model.state_dict())
     model = _fill(fit(model, checkpoint, architecture.name), checkpoint)
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(tensor.is_meta for tensor in tensors):
-        # Buffers that are computed by the constructor and not saved: only a real constructor makes them.
-        model = _fill(fit(architecture.build("cpu"), checkpoint, architecture.name), checkpoint)
+    # Buffers that are computed by the constructor and not saved: only a real constructor makes them, and sometimes
+    # only from real parameters.
+    for build in (architecture.build_without_parameters, lambda: architecture.build("cpu")):
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            model = _fill(fit(build(), checkpoint, architecture.name), checkpoint)
     return model
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     state = {key: ref.read() for key, ref in checkpoint.tensors.items()}
+    for key in not_loaded(model, state):
+        del state[key]
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     tied = tied_names(model)
     for names in tied:

@@ -4,11 +4,12 @@ import json
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from lrconvert.checkpoints import folder
+from lrconvert.checkpoints import folder, hf_config
 from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.checkpoints.checkpoint import Checkpoint
 from lrconvert.checkpoints.header import KEY, Header
@@ -45,7 +46,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     """
     path = Path(path)
     try:
-        checkpoint = without_wrappers(_open(path, key))
+        checkpoint = without_wrappers(hf_config.without_marks(_open(path, key)))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     if key is not None and checkpoint.format not in ("torch", "pt2"):
@@ -176,14 +177,19 @@ def _write_folder(
     progress: Callable[[], None] | None,
 ) -> None:
     folder.copy_companions(_folder_of(source), path)
+    hf_config.write_config(path, header)
+    marks = hf_config.marks(path, header)
     file_of = {key: file for file, keys in source.files.items() for key in keys}
     groups = [[step for step in steps if file_of[step.source] == file] for file in source.files]
     groups = [group for group in groups if group]
     weight_map, total = {}, 0
     for number, group in enumerate(groups, start=1):
         name = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        layout = layout_of(group)
-        write_safetensors(path / name, layout, run(group, device, progress), header, source.metadata)
+        layout, tensors = layout_of(group), run(group, device, progress)
+        if number == len(groups):
+            layout |= {key: ((0,), dtype) for key, dtype in marks.items()}
+            tensors = chain(tensors, ((key, torch.empty(0, dtype=dtype)) for key, dtype in marks.items()))
+        write_safetensors(path / name, layout, tensors, header, source.metadata)
         weight_map.update(dict.fromkeys(layout, name))
         total += sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
     if len(groups) > 1:

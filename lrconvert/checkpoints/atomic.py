@@ -46,7 +46,7 @@ def atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
             if companion != new:
                 companion.replace(path.parent / companion.name)
         _replace(new, path, aside=temporary / "old")
-        _sync(path.parent)
+        _sync_one(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path}: {_why(error)}; nothing was written") from error
     finally:
@@ -73,10 +73,15 @@ def _why(error: OSError) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or every file of a folder, to the disk."""
+    """Flush a file, or a folder and everything in it, to the disk."""
     for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_one(each)
+
+
+def _sync_one(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

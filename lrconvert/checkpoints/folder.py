@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lrconvert.checkpoints.checkpoint import Checkpoint, with_shared
 from lrconvert.checkpoints.header import Header
+from lrconvert.checkpoints.hf_config import is_transformers
 from lrconvert.checkpoints.safetensors_file import read_safetensors
 from lrconvert.checkpoints.torch_file import read_torch
 from lrconvert.errors import CheckpointError
@@ -126,8 +127,7 @@ def _dense_copies(folder: Path) -> set[Path]:
 def write_card(path: Path, header: Header) -> None:
     """Say in the folder's README.md what its weights are and what opens them.
 
-    transformers would open a factorized folder as the dense architecture, with random weights where factors are, and
-    only print a table of missing keys.
+    Most libraries would open a factorized folder as the dense architecture, with random weights where factors are.
     """
     assert header.plan is not None
     note = (
@@ -136,6 +136,14 @@ def write_card(path: Path, header: Header) -> None:
         "`lrconvert info` describes it, `lrconvert.load(path, model)` loads it, and "
         "`lrconvert export --format dense` turns it back into the dense architecture.\n"
     )
+    if is_transformers(path):
+        note = (
+            f"> **Low-rank weights.** {len(header.plan.low_rank)} layers of this checkpoint are factorized by "
+            f"{header.written_by}. With `import lrconvert`, `from_pretrained` loads it; without, transformers refuses "
+            "it (sizes do not match: do not silence that, or the factorized layers get random weights). "
+            "`lrconvert.load(path)` loads it too, `lrconvert info` describes it, and `lrconvert export --format dense` "
+            "turns it back into the dense architecture.\n"
+        )
     card = path / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     front = ""

@@ -4,13 +4,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lrconvert.errors import UnknownNameError, UsageError
-from lrconvert.models import python_file, timm, torchvision, zoo
+from lrconvert.models import huggingface, python_file, timm, torchvision, zoo
 from lrconvert.models.architecture import Architecture
+from lrconvert.models.huggingface import architecture_in, inputs_of_live
 
-__all__ = ["Architecture", "find_architecture"]
+__all__ = ["Architecture", "architecture_in", "find_architecture", "inputs_of_live"]
 
 # Prefix of the name to the function that makes (name without prefix, keyword arguments) an architecture.
 SOURCES: dict[str, Callable[[str, Mapping[str, Any]], Architecture]] = {
+    "hf": huggingface.architecture,
     "timm": timm.architecture,
     "torchvision": torchvision.architecture,
     "zoo": zoo.architecture,
@@ -18,7 +20,7 @@ SOURCES: dict[str, Callable[[str, Mapping[str, Any]], Architecture]] = {
 
 
 def find_architecture(name: str, args: Mapping[str, Any] | None = None) -> Architecture:
-    """The architecture behind "torchvision/NAME", "timm/NAME", "zoo/NAME" or "file.py:factory".
+    """The architecture behind "torchvision/NAME", "timm/NAME", "hf/DIR", "zoo/NAME" or "file.py:factory".
 
     Raises:
         UnknownNameError: no source has this name.
