@@ -258,6 +258,14 @@ def _why_nothing(plan: Plan, network: Network) -> str:
     return f"{network.name}: no layer to factorize ({shown}); try another rule, --keep-first 0, or --include LAYER"
 
 
+def _smaller_only(plan: Plan, graph: bool) -> tuple[str, ...]:
+    """A note on layers that factorizing makes smaller, but not faster."""
+    if not any(layer.kind in ("lstm", "gru", "rnn") for layer in plan.low_rank):
+        return ()
+    where = "" if graph else ", except on a CPU from about 1000 hidden units on"
+    return (f"recurrent layers get smaller, not faster{where}: their weights are multiplied out to run",)
+
+
 def _record(
     network: Network, plan: Plan, output: Path | None, seconds: float, outcome: "Outcome | None" = None
 ) -> FactorizeRecord:
@@ -283,6 +291,7 @@ def _record(
             *network.notes,
             *(left_behind(network.checkpoint) if network.checkpoint else ()),
             *([outcome.note] if outcome else []),
+            *_smaller_only(plan, graph=network.checkpoint is not None and network.checkpoint.graph is not None),
         ),
         layers=rows,
     )
