@@ -1,0 +1,52 @@
+"""Graphs exported from the networks of timm and transformers, factorized with no Python model at all."""
+
+import pytest
+import timm
+import torch
+from hf_networks import NETWORKS, build
+
+import lrconvert
+
+TIMM = {
+    "vit_tiny_patch16_224": {"depth": 2, "img_size": 64},
+    "swin_tiny_patch4_window7_224": {"depths": [2, 2], "num_heads": [3, 6], "img_size": 56},
+    "convnext_atto": {"depths": [1, 1, 2, 1]},
+    "efficientnet_b0": {},
+    "mixer_s32_224": {"img_size": 96},
+    "resmlp_12_224": {"img_size": 64},
+}
+
+
+def factorized_as_a_graph(folder):
+    """The record of factorizing folder/dense.onnx, which was run beside the graph with merged weights."""
+    return lrconvert.factorize(
+        folder / "dense.onnx", "rank_ratio=0.25", output=folder / "small.onnx", keep_first=0, keep_last=False
+    )
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_transformers_networks(tmp_path, name):
+    build(name).save_pretrained(tmp_path / "dense")
+    lrconvert.export(tmp_path / "dense", tmp_path / "dense.onnx", "onnx")
+    record = factorized_as_a_graph(tmp_path)
+    assert record.difference is not None
+    assert record.difference <= 1e-4
+    assert record.num_params_after < 0.75 * record.num_params_before
+
+
+@pytest.mark.parametrize("name", sorted(TIMM))
+def test_timm_networks(tmp_path, name):
+    torch.manual_seed(0)
+    torch.save(timm.create_model(name, **TIMM[name]).state_dict(), tmp_path / "dense.pt")
+    lrconvert.export(
+        tmp_path / "dense.pt",
+        tmp_path / "dense.onnx",
+        "onnx",
+        model=f"timm/{name}",
+        model_args=TIMM[name],
+        input_shape=(3, 64, 64) if name in ("convnext_atto", "efficientnet_b0") else None,
+    )
+    record = factorized_as_a_graph(tmp_path)
+    assert record.difference is not None
+    assert record.difference <= 1e-4
+    assert record.num_params_after < record.num_params_before
