@@ -85,6 +85,9 @@ def open_network(
     if isinstance(source, Network):
         return source
     if isinstance(source, nn.Module):
+        for key, parameter in source.named_parameters():
+            if isinstance(parameter, nn.UninitializedParameter):
+                raise ModelError(f"{key} has no shape yet: run one batch through the model first")
         tensors = refs_of(source.state_dict())
         network = Network(type(source).__name__, tensors, (), "file", 0, module=source)
         return _with_module(network, source, one_input(input_shape or _own_shape(source)) or inputs_of_live(source))

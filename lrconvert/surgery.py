@@ -58,7 +58,9 @@ def reshape(model: nn.Module, plan: Plan) -> nn.Module:
         assert family is not None
         low_rank = family.low_rank(dense, weights)
         low_rank.train(dense.training)
-        low_rank.requires_grad_(any(parameter.requires_grad for parameter in dense.parameters()))
+        for name, parameter in dense.named_parameters():
+            for path in low_rank.counterparts(name):
+                low_rank.get_parameter(path).requires_grad_(parameter.requires_grad)
         model = _replace(model, owner, low_rank)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(low_rank_modules(module)):
@@ -105,7 +107,9 @@ def merge_module(model: nn.Module) -> nn.Module:
     for path, low_rank in list(low_rank_modules(model)):
         dense = low_rank.dense()
         dense.train(low_rank.training)
-        dense.requires_grad_(all(parameter.requires_grad for parameter in low_rank.parameters()))
+        for name, parameter in dense.named_parameters():
+            counterparts = [low_rank.get_parameter(path) for path in low_rank.counterparts(name)]
+            parameter.requires_grad_(all(each.requires_grad for each in counterparts))
         model = _replace(model, path, dense)
     model.load_state_dict(tensors, strict=True)
     return model

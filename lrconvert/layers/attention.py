@@ -33,9 +33,6 @@ class LowRankAttention(LowRankComposite):
                 setattr(self, factor_name(name), LinearFactors(wanted[name], False, where(parameter)))
             else:
                 self.register_parameter(name, nn.Parameter(torch.empty_like(parameter)))
-        for name in ("in_proj_bias", "bias_k", "bias_v"):
-            if getattr(dense, name) is None:
-                self.register_parameter(name, None)
         out_proj, place = dense.out_proj, where(dense.out_proj.weight)
         if "out_proj.weight" in wanted:
             self.out_proj: nn.Module = LowRankLinear(out_proj, {"weight": wanted["out_proj.weight"]})

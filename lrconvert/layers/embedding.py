@@ -18,5 +18,6 @@ class LowRankEmbedding(LowRankLayer):
         assert isinstance(dense, nn.Embedding)
         rank, place = wanted["weight"].rank, where(dense.weight)
         # Where the padding entry is zero in the dense table it is zero in `u`, and stays so when trained.
-        self.u = skip_init(nn.Embedding, dense.num_embeddings, rank, padding_idx=dense.padding_idx, **place)
+        gradient = {"scale_grad_by_freq": dense.scale_grad_by_freq, "sparse": dense.sparse}
+        self.u = skip_init(nn.Embedding, dense.num_embeddings, rank, dense.padding_idx, **gradient, **place)
         self.v = skip_init(nn.Linear, rank, dense.embedding_dim, bias=False, **place)

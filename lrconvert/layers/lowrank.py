@@ -23,20 +23,31 @@ class ShapeOnly(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Pass on what reads shape, dtype or device; raise for a product."""
-        if func in _PRODUCTS:
+        """Pass on what reads shape, dtype or device; raise for a product, or for anything else with real tensors."""
+        given = list(_tensors_in((args, kwargs or {})))
+        here = next((tensor for tensor in given if isinstance(tensor, ShapeOnly)), None)
+        if func in (Tensor.to, Tensor.type_as) and here is not None and given[0] is not here:
+            return given[0].to(here.stands_for, here.dtype)  # "like that weight" means like its factors
+        if func in _PRODUCTS or any(not isinstance(tensor, ShapeOnly) and not tensor.is_meta for tensor in given):
             raise ModelError(
                 f"a factorized layer has no weight to multiply by, but its parent passed it to {func.__name__}: "
                 "keep the layer dense with --exclude"
             )
-        return super().__torch_function__(func, types, args, kwargs or {})
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(result, ShapeOnly) and here is not None:
+            result.stands_for = here.stands_for
+        return result
 
-    stands_for: torch.device
+    stands_for: torch.device = torch.device("meta")
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         """The device of the factors: other code puts what it computes there."""
         return self.stands_for
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Itself: there is nothing to copy."""
+        return self
 
 
 _PRODUCTS = {
@@ -59,6 +70,17 @@ _PRODUCTS = {
     Tensor.__matmul__,
     Tensor.__rmatmul__,
 }
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of a function."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, dict):
+        yield from _tensors_in(tuple(value.values()))
 
 
 @dataclass(frozen=True)
@@ -98,6 +120,10 @@ class LowRank(nn.Module):
         # In a tuple, so that it is not registered: its parameters are not this module's.
         self._skeleton = (_without_data(dense),)
 
+    def counterparts(self, parameter: str) -> tuple[str, ...]:
+        """Paths of the parameters here that stand for `parameter` of the dense module."""
+        raise TypeError(f"{type(self).__name__} does not say what stands for {parameter}")
+
     def dense(self) -> nn.Module:
         """The uninitialised dense module whose place this one took, on its device and in its dtype."""
         own = next(self.parameters())
@@ -112,8 +138,10 @@ class LowRank(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             skeleton = self.__dict__.get("_skeleton")
-            found = getattr(skeleton[0], name, None) if skeleton and not name.startswith("__") else None
-            if found is None or callable(found) or (isinstance(found, Tensor) and name not in self.factored):
+            if not skeleton or name.startswith("__") or not hasattr(skeleton[0], name):
+                raise
+            found = getattr(skeleton[0], name)
+            if callable(found) or (isinstance(found, Tensor) and name not in self.factored):
                 raise
         return shape_only(found, next(self.parameters())) if isinstance(found, Tensor) else found
 
@@ -133,6 +161,10 @@ class LowRankLayer(LowRank):
     def rank(self) -> int:
         """Width between the factors, per group."""
         return self.factored["weight"].rank
+
+    def counterparts(self, parameter: str) -> tuple[str, ...]:
+        """Both factors for the weight; `v` has the bias."""
+        return ("u.weight", "v.weight") if parameter == "weight" else ("v.bias",)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the dense layer would return for `x`, up to the truncation."""
@@ -156,6 +188,15 @@ class LowRankComposite(LowRank):
 
     The factors of "weight_ih_l0" are the child `ih_l0`, those of "in_proj_weight" are `in_proj`.
     """
+
+    def counterparts(self, parameter: str) -> tuple[str, ...]:
+        """Both factors for a factorized weight; for all else the parameter of the same name, or a child's."""
+        child, _, rest = parameter.rpartition(".")
+        inner = getattr(self, child) if child else None
+        if isinstance(inner, LowRank):
+            return tuple(f"{child}.{path}" for path in inner.counterparts(rest))
+        name = factor_name(parameter)
+        return (f"{name}.u.weight", f"{name}.v.weight") if parameter in self.factored else (parameter,)
 
     def product(self, parameter: str) -> Tensor:
         """The weight `parameter`, multiplied out if it is factorized: (groups·rows, columns)."""

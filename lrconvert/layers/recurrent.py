@@ -63,6 +63,7 @@ class LowRankRecurrent(LowRankComposite):
         """
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)
+        hx = tuple(hx) if isinstance(hx, list) else hx
         batched, batch = input.dim() == 3, 0 if self.batch_first else 1
         if not batched:
             input = input.unsqueeze(batch)
@@ -113,11 +114,15 @@ class LowRankRecurrent(LowRankComposite):
     def _weights(self) -> list[Tensor]:
         """All weights and biases, multiplied out; in inference kept until a factor changes."""
         names = [name for group in self._names for name in group]
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+        parameters = list(self.parameters())
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or not parameters[0].is_cpu:
             self._kept = None
             return [self.product(name) for name in names]
+        if torch.is_autocast_enabled("cpu"):  # products of another dtype, for this once
+            return [self.product(name) for name in names]
         try:
-            now = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+            # The sums see what changes behind the counters' back, through `.data`.
+            now = tuple((each.data_ptr(), each._version, float(each.sum())) for each in parameters)
         except RuntimeError:  # tensors made in inference mode do not count their changes
             return [self.product(name) for name in names]
         if self._kept is None or self._kept[0] != now:
@@ -133,6 +138,8 @@ class LowRankRecurrent(LowRankComposite):
         """
         if input.is_meta:
             return True
+        if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
+            return True  # the compiler has no gradient for the fused operator
         if not input.is_cpu or torch.compiler.is_compiling():
             return False
         names = [name for group in self._names for name in group if name.startswith("weight_hh")]

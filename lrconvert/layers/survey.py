@@ -41,6 +41,7 @@ def layers_of_module(model: nn.Module) -> tuple[Layer, ...]:
     for name, module in parents.items():
         parameters = dict(module.named_parameters(recurse=False))
         family = family_of(module)
+        shared = next((names for each in module.parameters() if len(names := names_of[id(each)]) > 1), None)
         if family:  # attention owns the weight of a child too
             everything = dict(module.named_parameters())
             parameters |= {path: everything[path] for path in family.weights(module) if path in everything}
@@ -53,6 +54,8 @@ def layers_of_module(model: nn.Module) -> tuple[Layer, ...]:
             tied = [other for other in names_of[id(parameter)] if other != key]
             if tied and (guess or not reason):
                 reason, guess = f"shared with {_layer_name(tied[0])}", False
+            elif shared and family and (guess or not reason):
+                reason, guess = f"its module shares {shared[0]} with {shared[-1]}", False
             owners = [parents.get(other.rpartition(".")[0]) for other in tied]
             head = kind == "embedding" and any(isinstance(owner, nn.Linear) for owner in owners)
             shape = tuple(parameter.shape)
@@ -97,7 +100,8 @@ def _reason(module: nn.Module, family: Family, parent: nn.Module | None) -> str:
     child = next((child for child, value in parent._modules.items() if value is module), "") if parent else ""
     if any(child in READ_BY_PARENT.get(_full_name(base), ()) for base in type(parent).__mro__):
         return f"{type(parent).__name__} reads this weight without calling the layer"
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(module):
         return "has hooks or a forward of its own, which would be lost"
     if getattr(module, "max_norm", None) is not None:
         return "max_norm rescales the entries of the table"
@@ -120,7 +124,12 @@ def _computes_like(module: nn.Module, family: Family) -> bool:
     if own:
         return False
     parameters = dict(module.named_parameters())
-    return all(path in parameters for path in family.weights(module))
+    known = {"weight", "bias", *_ATTENTION, *getattr(module, "_flat_weights_names", ())}
+    return all(path in parameters for path in family.weights(module)) and known.issuperset(module.state_dict())
+
+
+# What nn.MultiheadAttention holds.
+_ATTENTION = ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj.weight", "out_proj.bias", *SEPARATE)
 
 
 def layers_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layer, ...]:

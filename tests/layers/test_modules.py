@@ -118,3 +118,66 @@ def test_macs_of_a_factorized_recurrent_layer_are_those_of_its_factors():
     small, dense = factorized(nn.LSTM(16, 24, batch_first=True))
     assert trace(dense, one_input((5, 16))).macs == 5 * 4 * 24 * (16 + 24)
     assert trace(small, one_input((5, 16))).macs == 5 * 4 * 3 * ((16 + 24) + (24 + 24))
+
+
+def test_what_is_missing_in_the_dense_module_is_missing_here():
+    small, _ = factorized(nn.ModuleDict({"it": nn.Embedding(30, 16)}), include_embeddings=True)
+    assert small["it"].padding_idx is None
+    assert "num_embeddings=30" in repr(small)
+    attention, _ = factorized(nn.MultiheadAttention(8, 2, bias=False))
+    assert attention.in_proj_bias is None
+
+
+@pytest.mark.parametrize(
+    "product",
+    [torch.mv, lambda w, x: torch.tensordot(w, x, dims=([1], [0])), lambda w, x: torch.linalg.matmul(w, x)],
+)
+def test_a_weight_without_data_is_never_multiplied(product):
+    small, _ = factorized(nn.Sequential(nn.Linear(16, 24)))
+    weight = small[0].weight
+    with pytest.raises(lrconvert.LrconvertError, match="no weight to multiply by"):
+        product(weight, torch.randn(16))
+    x = torch.randn(2).to(weight)
+    assert (x.device.type, x.dtype) == ("cpu", torch.float32)
+    assert weight.t().device.type == weight.detach().device.type == "cpu"
+
+
+def test_modules_that_share_a_bias_or_hold_more_stay_dense():
+    one, two, three = (nn.Linear(16, 16) for _ in range(3))
+    two.bias = one.bias
+    three.register_buffer("scale", torch.ones(1))
+    model = nn.Sequential(one, two, three, nn.Linear(16, 16))
+    plan = lrconvert.make_plan(model, "rank=3", keep_first=0, keep_last=False)
+    assert [layer.name for layer in plan.low_rank] == ["3"]
+    assert plan.layers[0].reason == "its module shares 0.bias with 1.bias"
+    lrconvert.factorize(model, plan)
+    assert model[0].bias is model[1].bias
+
+
+def test_what_was_frozen_stays_frozen():
+    lstm = nn.LSTM(8, 8)
+    lstm.weight_ih_l0.requires_grad_(False)
+    lstm.bias_hh_l0.requires_grad_(False)
+    small, dense = factorized(lstm)
+    frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"ih_l0.u.weight", "ih_l0.v.weight", "bias_hh_l0"}
+    frozen = {name for name, parameter in dense.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"weight_ih_l0", "bias_hh_l0"}
+
+
+def test_kept_products_see_changes_through_data_and_leave_autocast_alone():
+    small, _ = factorized(nn.GRU(6, 8).eval())
+    x = torch.randn(5, 3, 6)
+    with torch.no_grad():
+        before = small(x)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            small(x)
+        assert torch.equal(small(x)[0], before)
+        for parameter in small.parameters():
+            parameter.data.mul_(0.5)
+        assert_close(small(x)[0], lrconvert.merge(copy.deepcopy(small))(x)[0])
+
+
+def test_a_lazy_layer_is_one_line():
+    with pytest.raises(lrconvert.LrconvertError, match="run one batch through the model first"):
+        lrconvert.make_plan(nn.Sequential(nn.LazyLinear(8)), "rank=2")
