@@ -51,19 +51,7 @@ def measure(
     torch.manual_seed(0)
     dense = RECURRENT_TYPES[kind](hidden, hidden)
     model = nn.ModuleDict({"it": copy.deepcopy(dense)})
-    plan = Plan(
-        layers=tuple(
-            LayerPlan(
-                name=layer.name,
-                weight=layer.weight,
-                kind=layer.kind,
-                shape=layer.shape,
-                groups=layer.groups,
-                rank=hidden // 4,
-            )
-            for layer in layers_of_module(model)
-        )
-    )
+    plan = Plan(layers=tuple(LayerPlan.of(layer, hidden // 4) for layer in layers_of_module(model)))
     low_rank: Any = reshape(model, plan)["it"]  # type: ignore[index]
     for parameter in low_rank.parameters():
         nn.init.uniform_(parameter, -0.02, 0.02)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,6 +47,21 @@ class LayerPlan(BaseModel):
     reason: str = ""
     error: float | None = None
     evidence: Literal["module", "shape"] = "module"
+
+    @classmethod
+    def of(cls, layer: Layer, rank: int | None, reason: str = "", error: float | None = None) -> Self:
+        """The decision to give `layer` this rank, or to leave it dense."""
+        return cls(
+            name=layer.name,
+            weight=layer.weight,
+            kind=layer.kind,
+            shape=layer.shape,
+            groups=layer.groups,
+            rank=rank,
+            reason=reason,
+            error=error,
+            evidence=layer.evidence,
+        )
 
     @property
     def layer(self) -> Layer:
@@ -167,19 +182,8 @@ def decide(
         if not reason:
             evidence = Evidence(layer, spectra[layer.name], (xi or {}).get(layer.name, closed_form_xi(layer)))
             rank, reason = _rank_or_reason(evidence, options)
-        decisions.append(
-            LayerPlan(
-                name=layer.name,
-                weight=layer.weight,
-                kind=layer.kind,
-                shape=layer.shape,
-                groups=layer.groups,
-                rank=rank,
-                reason=reason,
-                error=None if rank is None else spectra[layer.name].error(rank),
-                evidence=layer.evidence,
-            )
-        )
+        error = None if rank is None else spectra[layer.name].error(rank)
+        decisions.append(LayerPlan.of(layer, rank, reason, error))
     return Plan(order=order, rule=str(options.rule), layers=tuple(decisions))
 
 

@@ -1,7 +1,7 @@
 """Hypothesis strategies: a module of any family, and a call that its replacement must answer in the same way."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -52,17 +52,9 @@ def plans(draw, module, full_rank=False):
         if layer.kind in ("linear", "transposed_linear"):
             parts = [parts for parts in (1, 2, 3) if layer.layout.stacked(layer.shape) % parts == 0]
             groups = draw(st.sampled_from(parts))
-        full = min(layer.layout.matrix_shape(layer.shape, groups))
-        decisions.append(
-            LayerPlan(
-                name=layer.name,
-                weight=layer.weight,
-                kind=layer.kind,
-                shape=layer.shape,
-                groups=groups,
-                rank=full if full_rank else draw(st.integers(1, full)),
-            )
-        )
+        layer = replace(layer, groups=groups)
+        rank = layer.full_rank if full_rank else draw(st.integers(1, layer.full_rank))
+        decisions.append(LayerPlan.of(layer, rank))
     return Plan(layers=tuple(decisions))
 
 

@@ -262,7 +262,7 @@ def _smaller_only(plan: Plan, graph: bool) -> tuple[str, ...]:
     """A note on layers that factorizing makes smaller, but not faster."""
     if not any(layer.kind in ("lstm", "gru", "rnn") for layer in plan.low_rank):
         return ()
-    where = "" if graph else ", except on a CPU from about 1000 hidden units on"
+    where = "" if graph else ", except on a CPU from several hundred hidden units on"
     return (f"recurrent layers get smaller, not faster{where}: their weights are multiplied out to run",)
 
 

@@ -85,10 +85,6 @@ class TransposedConv(Layout):
     `u` is a convolution of kernel 1 at the input's resolution, `v` the transposed convolution with the kernel.
     """
 
-    def matrix_shape(self, shape: Shape, groups: int) -> tuple[int, int]:
-        """(in/groups, out/groups · kernel elements)."""
-        return shape[0] // groups, math.prod(shape[1:])
-
     def factor_shapes(self, shape: Shape, groups: int, rank: int) -> tuple[Shape, Shape]:
         """(groups·rank, in/groups, 1, …) and (groups·rank, out/groups, *kernel)."""
         ones = [1] * (len(shape) - 2)

@@ -24,15 +24,7 @@ def plan_at(path, rank=None):
     assert layers, "nothing to factorize, and everything would pass"
     return Plan(
         layers=tuple(
-            LayerPlan(
-                name=layer.name,
-                weight=layer.weight,
-                kind=layer.kind,
-                shape=layer.shape,
-                groups=layer.groups,
-                rank=layer.full_rank if rank is None else min(rank, layer.full_rank),
-            )
-            for layer in layers
+            LayerPlan.of(layer, layer.full_rank if rank is None else min(rank, layer.full_rank)) for layer in layers
         )
     )
 
