@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lrconvert.layers.composite import LowRankComposite
 from lrconvert.layers.layer import factor_name
-from lrconvert.layers.linear import LinearFactors, LowRankLinear
-from lrconvert.layers.lowrank import Factored, LowRankComposite, where
+from lrconvert.layers.linear import LowRankLinear
+from lrconvert.layers.lowrank import Factored, where
 
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -28,11 +29,6 @@ class LowRankAttention(LowRankComposite):
     def __init__(self, dense: nn.Module, wanted: Mapping[str, Factored]) -> None:
         super().__init__(dense, wanted)
         assert isinstance(dense, nn.MultiheadAttention)
-        for name, parameter in dense.named_parameters(recurse=False):
-            if name in wanted:
-                setattr(self, factor_name(name), LinearFactors(wanted[name], False, where(parameter)))
-            else:
-                self.register_parameter(name, nn.Parameter(torch.empty_like(parameter)))
         out_proj, place = dense.out_proj, where(dense.out_proj.weight)
         if "out_proj.weight" in wanted:
             self.out_proj: nn.Module = LowRankLinear(out_proj, {"weight": wanted["out_proj.weight"]})
@@ -57,16 +53,16 @@ class LowRankAttention(LowRankComposite):
 
         Shapes are those of torch.nn.MultiheadAttention, with or without a batch.
         """
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint about attn_mask, which must be given as well")
         batched = query.dim() == 3
         if batched and not self.batch_first:
-            query, key, value = _each_once(lambda x: x.transpose(0, 1), query, key, value)
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         elif not batched:
-            query, key, value = _each_once(lambda x: x.unsqueeze(0), query, key, value)
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         q, k, v = self._project(query, key, value)
         mask = self._mask(attn_mask, key_padding_mask, q)
-        if is_causal and attn_mask is None:
-            raise ValueError("is_causal is a hint about attn_mask, which must be given as well")
         if self.bias_k is not None:
             k, v = (torch.cat([x, extra.expand(len(x), 1, -1)], 1) for x, extra in ((k, self.bias_k), (v, self.bias_v)))
         if self.add_zero_attn:
@@ -130,9 +126,3 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
     return mask.to(like.dtype)
-
-
-def _each_once(change, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-    """`change` applied to each tensor, once where they are the same one."""
-    changed = {id(tensor): change(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values()}
-    return tuple(changed[id(tensor)] for tensor in tensors)

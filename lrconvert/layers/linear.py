@@ -84,15 +84,15 @@ class LowRankLinear(LowRankLayer):
 class LinearFactors(nn.Module):
     """The factors `u` and `v` of a linear weight, uninitialised."""
 
-    def __init__(self, factored: Factored, bias: bool, where: Mapping[str, Any]) -> None:
+    def __init__(self, factored: Factored, bias: bool, place: Mapping[str, Any]) -> None:
         super().__init__()
         layout = LAYOUTS[factored.kind]
         (width, into), (out, _) = layout.factor_shapes(factored.shape, factored.groups, factored.rank)
-        self.u = skip_init(nn.Linear, into, width, bias=False, **where)
+        self.u = skip_init(nn.Linear, into, width, bias=False, **place)
         if factored.groups == 1:
-            self.v = skip_init(nn.Linear, width, out, bias=bias, **where)
+            self.v = skip_init(nn.Linear, width, out, bias=bias, **place)
         else:
-            self.v = skip_init(BlockLinear, width, out, factored.groups, bias=bias, **where)
+            self.v = skip_init(BlockLinear, width, out, factored.groups, bias=bias, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         """`v(u(x))`."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lrconvert.errors import ModelError
-from lrconvert.layers.layer import factor_name
 
 
 class ShapeOnly(Tensor):
@@ -181,34 +180,6 @@ class LowRankLayer(LowRank):
     def extra_repr(self) -> str:
         """The dense layer's own description, so that a printed model stays readable."""
         return ", ".join(f"{name}={getattr(self, name)}" for name in self.shown)
-
-
-class LowRankComposite(LowRank):
-    """In the place of a module with several weights: each is a parameter, as it was, or a factorized linear layer.
-
-    The factors of "weight_ih_l0" are the child `ih_l0`, those of "in_proj_weight" are `in_proj`.
-    """
-
-    def counterparts(self, parameter: str) -> tuple[str, ...]:
-        """Both factors for a factorized weight; for all else the parameter of the same name, or a child's."""
-        child, _, rest = parameter.rpartition(".")
-        inner = getattr(self, child) if child else None
-        if isinstance(inner, LowRank):
-            return tuple(f"{child}.{path}" for path in inner.counterparts(rest))
-        name = factor_name(parameter)
-        return (f"{name}.u.weight", f"{name}.v.weight") if parameter in self.factored else (parameter,)
-
-    def product(self, parameter: str) -> Tensor:
-        """The weight `parameter`, multiplied out if it is factorized: (groups·rows, columns)."""
-        factored = self.factored.get(parameter)
-        if factored is None:
-            weight: Tensor = getattr(self, parameter)
-            return weight
-        factors = getattr(self, factor_name(parameter))
-        if factored.groups == 1:
-            return torch.mm(factors.v.weight, factors.u.weight)
-        left, right = (factor.weight.unflatten(0, (factored.groups, -1)) for factor in (factors.v, factors.u))
-        return torch.bmm(left, right).flatten(0, 1)
 
 
 def where(tensor: Tensor) -> dict[str, Any]:

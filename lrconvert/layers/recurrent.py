@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lrconvert.layers import recurrent_steps
+from lrconvert.layers.composite import LowRankComposite
 from lrconvert.layers.layer import factor_name
-from lrconvert.layers.linear import LinearFactors
-from lrconvert.layers.lowrank import Factored, LowRankComposite, where
+from lrconvert.layers.lowrank import Factored
 
 RECURRENT_TYPES: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 # By mode, the gates stacked in a weight.
@@ -36,11 +36,6 @@ class LowRankRecurrent(LowRankComposite):
     def __init__(self, dense: nn.Module, wanted: Mapping[str, Factored]) -> None:
         super().__init__(dense, wanted)
         assert isinstance(dense, nn.RNNBase)
-        for name, parameter in dense.named_parameters(recurse=False):
-            if name in wanted:
-                setattr(self, factor_name(name), LinearFactors(wanted[name], False, where(parameter)))
-            else:
-                self.register_parameter(name, nn.Parameter(torch.empty_like(parameter)))
         for name, buffer in dense.named_buffers(recurse=False):
             self.register_buffer(name, buffer, persistent=name not in dense._non_persistent_buffers_set)
         self.mode, self.gates = dense.mode, GATES[dense.mode]
@@ -49,7 +44,7 @@ class LowRankRecurrent(LowRankComposite):
         # Weights and biases in the order that the fused operator takes them, one list for each layer and direction.
         names = list(dense._flat_weights_names)
         each = len(names) // (dense.num_layers * (2 if dense.bidirectional else 1))
-        self._names = [names[start : start + each] for start in range(0, len(names), each)]
+        self.weight_names = [names[start : start + each] for start in range(0, len(names), each)]
         self._has_biases = dense.bias
         self._kept: tuple[Any, list[Tensor]] | None = None
 
@@ -92,7 +87,7 @@ class LowRankRecurrent(LowRankComposite):
 
     def _checked(self, hx: State | None, batch: int, like: Tensor) -> State:
         """The initial state: zeros unless given, in which case its shape is checked."""
-        layers = len(self._names)
+        layers = len(self.weight_names)
         shapes = [(layers, batch, self.proj_size or self.hidden_size)]
         if self.mode == "LSTM":
             shapes.append((layers, batch, self.hidden_size))
@@ -113,7 +108,7 @@ class LowRankRecurrent(LowRankComposite):
 
     def _weights(self) -> list[Tensor]:
         """All weights and biases, multiplied out; in inference kept until a factor changes."""
-        names = [name for group in self._names for name in group]
+        names = [name for group in self.weight_names for name in group]
         parameters = list(self.parameters())
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or not parameters[0].is_cpu:
             self._kept = None
@@ -142,12 +137,12 @@ class LowRankRecurrent(LowRankComposite):
             return True  # the compiler has no gradient for the fused operator
         if not input.is_cpu or torch.compiler.is_compiling():
             return False
-        names = [name for group in self._names for name in group if name.startswith("weight_hh")]
-        saved = sum(
-            math.prod(factored.shape) - factored.rank * (factored.groups * factored.shape[1] + factored.shape[0])
-            for name in names
-            if (factored := self.factored.get(name)) is not None
-        )
+        names = [name for group in self.weight_names for name in group if name.startswith("weight_hh")]
+        saved = 0
+        for name in names:
+            if name in self.factored:
+                factors = self.get_submodule(factor_name(name))
+                saved += math.prod(self.factored[name].shape) - sum(each.numel() for each in factors.parameters())
         least = _LEAST_SAVED["training" if torch.is_grad_enabled() else "inference"]
         return batch * saved >= least * len(names)
 

@@ -29,7 +29,7 @@ def run(layer: "LowRankRecurrent", input: Tensor, state: "State") -> tuple[Tenso
         for direction in range(directions):
             index = number * directions + direction
             sequence = input.flip(0) if direction else input
-            output, end = _one(layer, layer._names[index], sequence, tuple(part[index] for part in parts))
+            output, end = _one(layer, layer.weight_names[index], sequence, tuple(part[index] for part in parts))
             outputs.append(output.flip(0) if direction else output)
             last.append(end)
         input = torch.cat(outputs, 2) if directions == 2 else outputs[0]
