@@ -21,6 +21,18 @@ def assert_close(got, want, tolerance=None):
     assert difference <= limit, f"relative difference {difference:.2e} is more than {limit:.0e}"
 
 
+def num_params(model):
+    """Parameters of a model, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run_seeded(model, inputs):
+    """The model's output, with the same dropout and stochastic depth each time."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return model(inputs)
+
+
 def with_spectrum(rows, columns, values, dtype=torch.float64):
     """A random (rows, columns) matrix with the given singular values."""
     full = min(rows, columns)

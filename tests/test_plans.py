@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import num_params
 
 import lrconvert
 from lrconvert.models import find_architecture
@@ -20,10 +21,6 @@ COUNTS = {
     "cuttlefish-deit-base": ("timm/deit_base_patch16_224", {}, 86_567_656, 58_256_104),
     "cuttlefish-resmlp-s36": ("timm/resmlp_36_224", {}, 44_690_488, 28_765_240),
 }
-
-
-def num_params(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_every_plan_is_counted():

@@ -153,18 +153,19 @@ def _merge_graph(
     device: torch.device,
     progress: Progress | None,
 ) -> ExportRecord:
-    from lrconvert.checkpoints.onnx_file import write_merged
+    from lrconvert.checkpoints.onnx_file import write_graph
 
     header = network.checkpoint.header if network.checkpoint else None
     plan = header.plan if header else None
     if plan is None:
         raise UsageError(f"{network.name} is dense already: it holds no plan of lrconvert's")
     check_output(path, network.checkpoint, overwrite)
-    outcome = write_merged(
+    outcome = write_graph(
         path,
         graph,
         plan,
         header_for(network, None),
+        merge=True,
         input_shape=shape_of(network.inputs),
         tolerance=tolerance,
         overwrite=overwrite,

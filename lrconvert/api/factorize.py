@@ -198,9 +198,9 @@ def _write_graph(
     device: torch.device,
     progress: Progress | None,
 ) -> "Outcome":
-    from lrconvert.checkpoints.onnx_file import write_factorized
+    from lrconvert.checkpoints.onnx_file import write_graph
 
-    return write_factorized(
+    return write_graph(
         output,
         graph,
         plan,

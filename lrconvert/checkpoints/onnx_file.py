@@ -32,56 +32,38 @@ def read_onnx(path: Path) -> Checkpoint:
     return Checkpoint(path, "onnx", tensors, header, graph.notes, files, graph=graph)
 
 
-def write_factorized(
+def write_graph(
     path: Path,
     source: Graph,
     plan: Plan,
     header: Header,
     *,
+    merge: bool = False,
     input_shape: tuple[int, ...] | None = None,
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
     device: torch.device = CPU,
     progress: Progress = None,
 ) -> Outcome:
-    """Write `source` factorized by `plan`, and run it beside `source` with merged weights before it is kept.
+    """Write `source` factorized by `plan`, or with `merge` its factors multiplied out, and run it before it is kept.
+
+    A factorized graph is run beside `source` with merged weights, a merged one beside `source` itself.
 
     Raises:
-        PlanError: the plan is not one for this graph.
-        OutputExistsError: the output exists and `overwrite` is False.
-        VerificationError: the factorized graph computes something else than the merged one; nothing is kept.
-    """
-    with atomic_path(path, overwrite) as temporary:
-        _write(source.factorized(plan, device), temporary, header, path, overwrite, device, progress)
-        small = Graph(temporary)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            reference = Path(folder) / "merged.onnx"
-            save(source.with_products(plan, small), reference)
-            return compare_runs(Graph(reference), small, input_shape, tolerance, str(path))
-
-
-def write_merged(
-    path: Path,
-    source: Graph,
-    plan: Plan,
-    header: Header,
-    *,
-    input_shape: tuple[int, ...] | None = None,
-    tolerance: float = TOLERANCE,
-    overwrite: bool = False,
-    device: torch.device = CPU,
-    progress: Progress = None,
-) -> Outcome:
-    """Write the factorized `source` with its factors multiplied out, and run both before it is kept.
-
-    Raises:
-        PlanError: the graph does not hold the factors of its plan.
+        PlanError: the plan is not one for this graph, or the graph does not hold its factors.
         OutputExistsError: the output exists and `overwrite` is False.
         VerificationError: the two compute different things; nothing is kept.
     """
     with atomic_path(path, overwrite) as temporary:
-        _write(source.merged(plan), temporary, header, path, overwrite, device, progress)
-        return compare_runs(Graph(temporary), source, input_shape, tolerance, str(path))
+        draft = source.merged(plan) if merge else source.factorized(plan, device)
+        _write(draft, temporary, header, path, overwrite, device, progress)
+        written = Graph(temporary)
+        if merge:
+            return compare_runs(written, source, input_shape, tolerance, str(path))
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            reference = Path(folder) / "merged.onnx"
+            save(source.with_products(plan, written), reference)
+            return compare_runs(Graph(reference), written, input_shape, tolerance, str(path))
 
 
 def _write(

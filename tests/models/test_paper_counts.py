@@ -5,6 +5,7 @@ ResNet-50's are in test_torchvision.py.
 
 import pytest
 import torch
+from helpers import num_params
 
 import lrconvert
 from lrconvert.models import find_architecture
@@ -22,10 +23,6 @@ TIMM = [
     ("deit_base_patch16_224", ["*.attn.qkv", "*.mlp.fc?"], 36, (86_567_656, 58_256_104), (17.564, 11.986)),
     ("resmlp_36_224", ["*.mlp_channels.fc?"], 72, (44_690_488, 28_765_240), None),
 ]
-
-
-def num_params(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(("name", "args", "settings", "params", "macs"), CNNS)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, run_seeded
 
 import lrconvert
 from lrconvert.errors import ModelError, UnknownNameError, UsageError
@@ -58,12 +58,6 @@ def network(request, tmp_path_factory):
     return size, folder, record
 
 
-def run(model, inputs):
-    torch.manual_seed(1)  # for dropout and stochastic depth
-    with torch.no_grad():
-        return model(inputs)
-
-
 def test_equal_to_the_merged_network(network):
     size, folder, record = network
     assert record.order == "execution"
@@ -73,16 +67,16 @@ def test_equal_to_the_merged_network(network):
     factorized = sum(row.rank is not None for row in record.layers)
     assert sum(isinstance(module, LowRank) for module in small.modules()) == factorized >= 8
     inputs = torch.randn(4, 3, size, size)
-    assert_close(run(small.eval(), inputs), run(merged.eval(), inputs), 1e-5)
+    assert_close(run_seeded(small.eval(), inputs), run_seeded(merged.eval(), inputs), 1e-5)
     # The dense network is another one: what the factors leave out shows.
     name = record.model.removeprefix("timm/")
     dense = lrconvert.load(folder / "dense.pt", record.model, model_args=NETWORKS[name][1])
     with pytest.raises(AssertionError, match="relative difference"):
-        assert_close(run(small, inputs), run(dense, inputs), 1e-3)
+        assert_close(run_seeded(small, inputs), run_seeded(dense, inputs), 1e-3)
     # Batch statistics of random networks amplify float32 rounding, so train mode is compared in float64.
     small = small.double().train()
     merged = lrconvert.merge(copy.deepcopy(small))
-    assert_close(run(small, inputs.double()), run(merged, inputs.double()), 1e-10)
+    assert_close(run_seeded(small, inputs.double()), run_seeded(merged, inputs.double()), 1e-10)
 
 
 def test_onnx_is_equal_to_the_network(network, tmp_path):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, run_seeded
 
 import lrconvert
 from lrconvert.layers import LowRank
@@ -54,12 +54,6 @@ def network(request, tmp_path_factory):
     return name, folder, record
 
 
-def run(model, inputs):
-    torch.manual_seed(1)  # for dropout and stochastic depth
-    with torch.no_grad():
-        return model(inputs)
-
-
 def test_equal_to_the_merged_network(network):
     name, folder, record = network
     small = lrconvert.load(folder / "small.safetensors")
@@ -69,12 +63,12 @@ def test_equal_to_the_merged_network(network):
         row.rank is not None for row in record.layers
     )
     inputs = torch.randn(4, 3, NETWORKS[name][0], NETWORKS[name][0])
-    assert_close(run(small.eval(), inputs), run(merged.eval(), inputs), 1e-5)
+    assert_close(run_seeded(small.eval(), inputs), run_seeded(merged.eval(), inputs), 1e-5)
     # Batch statistics of random networks amplify float32 rounding (the dense network itself is up to 4e-5 away from
     # its float64 self), so the identity in train mode is tested in float64, merged there too.
     small = small.double().train()
     merged = lrconvert.merge(copy.deepcopy(small))
-    assert_close(run(small, inputs.double()), run(merged, inputs.double()), 1e-10)
+    assert_close(run_seeded(small, inputs.double()), run_seeded(merged, inputs.double()), 1e-10)
 
 
 def test_onnx_is_equal_to_the_network(network, tmp_path):
@@ -126,7 +120,7 @@ def test_resnet50_with_layer4_at_a_quarter_has_pufferfish_s_counts(tmp_path):
     assert sum(parameter.numel() for parameter in small.parameters()) == 15_202_344
     merged = lrconvert.merge(copy.deepcopy(small))
     inputs = torch.randn(4, 3, 224, 224)
-    assert_close(run(small.eval(), inputs), run(merged.eval(), inputs), 1e-5)
+    assert_close(run_seeded(small.eval(), inputs), run_seeded(merged.eval(), inputs), 1e-5)
 
 
 def test_what_must_stay_dense_says_why():

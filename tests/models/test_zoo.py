@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, num_params
 from torch import nn
 
 import lrconvert
@@ -21,10 +21,6 @@ def build(name, **args):
         if parameter.dim() == 1:
             nn.init.uniform_(parameter, 0.5, 1.5)
     return model
-
-
-def num_params(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_resnet_is_torchvision_s_with_another_stem():
