@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from lrconvert.api.export import export
     from lrconvert.api.factorize import factorize, make_plan, merge
     from lrconvert.api.info import info
-    from lrconvert.api.load import load, save
     from lrconvert.checkpoints.plan_file import save_plan
     from lrconvert.errors import LrconvertError
     from lrconvert.inputs import Input
+    from lrconvert.loading import load, save
     from lrconvert.plan import LayerPlan, Plan, load_plan
 
 __all__ = [
@@ -51,11 +51,11 @@ _HOME = {
     "export": "api.export",
     "factorize": "api.factorize",
     "info": "api.info",
-    "load": "api.load",
+    "load": "loading",
     "load_plan": "plan",
     "make_plan": "api.factorize",
     "merge": "api.factorize",
-    "save": "api.load",
+    "save": "loading",
     "save_plan": "checkpoints.plan_file",
 }
 

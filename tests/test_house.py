@@ -22,7 +22,8 @@ FLOORS = [
     {"checkpoints", "models"},
     {"hf"},
     {"network"},
-    {"analysis", "exporters", "report"},
+    {"analysis", "exporters", "loading", "report"},
+    {"recipe", "training"},
     {"api"},
     {"cli"},
 ]

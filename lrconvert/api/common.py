@@ -4,16 +4,13 @@ from collections.abc import Mapping
 
 import torch
 
-from lrconvert import __version__
-from lrconvert.checkpoints import Header
+from lrconvert.checkpoints import WRITTEN_BY, Header
 from lrconvert.errors import UsageError
 from lrconvert.inputs import shape_of
 from lrconvert.network import Network
 from lrconvert.plan import Plan, PlanOptions
 from lrconvert.ranks import parse_rule
 from lrconvert.report.record import LayerDecision
-
-WRITTEN_BY = f"lrconvert {__version__}"
 
 
 def resolve_device(name: str) -> torch.device:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from lrconvert.api.load import load
 from lrconvert.checkpoints import Checkpoint, open_checkpoint
 from lrconvert.cost import Latency, measure_latency
 from lrconvert.errors import CheckpointError
 from lrconvert.exporters.check import tensors_in
 from lrconvert.factorization import merge_weight
 from lrconvert.inputs import examples, shape_of
+from lrconvert.loading import load
 from lrconvert.network import Network, open_network
 from lrconvert.plan import LayerPlan
 from lrconvert.report.record import CompareRecord, LayerDifference, Side

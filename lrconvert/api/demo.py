@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from lrconvert.api.analyze import analyze, analyze_record
 from lrconvert.api.export import export
 from lrconvert.api.factorize import factorize, make_plan
-from lrconvert.api.load import load, save
 from lrconvert.checkpoints.atomic import check_writable
 from lrconvert.cost import measure_latency, trace
 from lrconvert.errors import LrconvertError
 from lrconvert.inputs import one_input
+from lrconvert.loading import load, save
 from lrconvert.models.zoo.digits_cnn import INPUT_SHAPE, DigitsCNN
 from lrconvert.report.record import DemoRecord, DemoStep, Record
 

@@ -9,13 +9,13 @@ import torch
 
 from lrconvert.analysis import Progress
 from lrconvert.api.common import header_for, resolve_device
-from lrconvert.api.load import load
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.errors import ModelError, UnknownNameError, UsageError, VerificationError
 from lrconvert.exporters import GRAPHS
 from lrconvert.factorization import merging
 from lrconvert.inputs import shape_of
+from lrconvert.loading import load
 from lrconvert.network import Network, open_network
 from lrconvert.report.record import ExportRecord
 from lrconvert.rewrite import layout_of, moving

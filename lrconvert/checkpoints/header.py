@@ -5,10 +5,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lrconvert import __version__
 from lrconvert.errors import CheckpointError
 from lrconvert.plan import Plan
 
 KEY = "lrconvert"
+WRITTEN_BY = f"lrconvert {__version__}"
 
 
 class Header(BaseModel):

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrconvert.api.common import WRITTEN_BY
-from lrconvert.checkpoints import Checkpoint, Header, fitted, open_checkpoint, write_checkpoint
+from lrconvert.checkpoints import WRITTEN_BY, Checkpoint, Header, fitted, open_checkpoint, write_checkpoint
 from lrconvert.errors import ModelError, UsageError
 from lrconvert.hf.mark import mark
 from lrconvert.layers.survey import tied_names
