@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lrconvert.api.export import export
     from lrconvert.api.factorize import factorize, make_plan, merge
     from lrconvert.api.info import info
+    from lrconvert.api.train import evaluate, finetune, train
     from lrconvert.checkpoints.plan_file import save_plan
     from lrconvert.errors import LrconvertError
     from lrconvert.inputs import Input
@@ -30,8 +31,10 @@ __all__ = [
     "Plan",
     "analyze",
     "compare",
+    "evaluate",
     "export",
     "factorize",
+    "finetune",
     "info",
     "load",
     "load_plan",
@@ -39,6 +42,7 @@ __all__ = [
     "merge",
     "save",
     "save_plan",
+    "train",
 ]
 
 _HOME = {
@@ -48,8 +52,10 @@ _HOME = {
     "Plan": "plan",
     "analyze": "api.analyze",
     "compare": "api.compare",
+    "evaluate": "api.train",
     "export": "api.export",
     "factorize": "api.factorize",
+    "finetune": "api.train",
     "info": "api.info",
     "load": "loading",
     "load_plan": "plan",
@@ -57,6 +63,7 @@ _HOME = {
     "merge": "api.factorize",
     "save": "loading",
     "save_plan": "checkpoints.plan_file",
+    "train": "api.train",
 }
 
 

@@ -74,6 +74,7 @@ def save(
     *,
     architecture: str | None = None,
     model_args: Mapping[str, Any] | None = None,
+    input_shape: tuple[int, ...] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a live model, factorized or not, so that `load` rebuilds it.
@@ -83,6 +84,7 @@ def save(
         path: a .safetensors or .pt file.
         architecture: name of the dense architecture ("torchvision/resnet50"), to load the file without a model.
         model_args: its keyword arguments.
+        input_shape: shape of one input without the batch, for MACs and exports of what is not built by name alone.
         overwrite: replace an existing file.
     """
     plan = plan_of(model)
@@ -90,6 +92,7 @@ def save(
         written_by=WRITTEN_BY,
         model=architecture,
         model_args=dict(model_args or {}),
+        input_shape=input_shape,
         plan=plan if plan.low_rank else None,
     )
     steps = [moving(key, ref, key) for key, ref in refs_of(model.state_dict()).items()]

@@ -14,6 +14,7 @@ PACKAGE = Path(lrconvert.__file__).parent
 # Rooms from the ground up: a room may import its own floor and those below it.
 FLOORS = [
     {"errors"},
+    {"recipe", "recipes"},
     {"inputs", "layers", "patterns", "parallel", "tensors"},
     {"spectrum"},
     {"ranks", "cost"},
@@ -23,7 +24,7 @@ FLOORS = [
     {"hf"},
     {"network"},
     {"analysis", "exporters", "loading", "report"},
-    {"recipe", "training"},
+    {"training"},
     {"api"},
     {"cli"},
 ]

@@ -10,7 +10,6 @@ from lrconvert.inputs import shape_of
 from lrconvert.network import Network
 from lrconvert.plan import Plan, PlanOptions
 from lrconvert.ranks import parse_rule
-from lrconvert.report.record import LayerDecision
 
 
 def resolve_device(name: str) -> torch.device:
@@ -71,29 +70,3 @@ def header_for(network: Network, plan: Plan | None) -> Header:
         macs=(before.macs if before else None) or (network.trace.macs if network.trace else None),
         plan=plan,
     )
-
-
-def layer_decisions(plan: Plan, network: Network | None = None) -> tuple[LayerDecision, ...]:
-    """One report row for every layer of `plan`, with MACs where `network` was traced as a dense network."""
-    positions = network.trace.positions if network is not None and network.trace else {}
-    rows = []
-    for decision in plan.layers:
-        layer = decision.layer
-        at = positions.get(layer.owner)
-        rows.append(
-            LayerDecision(
-                name=decision.name,
-                kind=decision.kind,
-                shape=decision.shape,
-                groups=decision.groups,
-                full_rank=layer.full_rank,
-                rank=decision.rank,
-                reason=decision.reason,
-                error=decision.error,
-                num_params_before=layer.num_params,
-                num_params_after=decision.num_params_after,
-                macs_before=None if at is None else at * layer.macs_per_position(),
-                macs_after=None if at is None else at * layer.macs_per_position(decision.rank),
-            )
-        )
-    return tuple(rows)

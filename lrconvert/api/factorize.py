@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lrconvert.analysis import Analysis, Progress, analyze_layers
-from lrconvert.api.common import header_for, layer_decisions, plan_options, resolve_device
+from lrconvert.api.common import header_for, plan_options, resolve_device
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from lrconvert.checkpoints.folder import left_behind
 from lrconvert.errors import NothingToCompressError, PlanError, UsageError
@@ -19,6 +19,7 @@ from lrconvert.hf.mark import mark
 from lrconvert.inputs import shape_of
 from lrconvert.network import Network, Source, open_network, refuse_quantized
 from lrconvert.plan import Plan, check_plan, decide, reasons_to_stay_dense, split
+from lrconvert.report.decisions import layer_decisions
 from lrconvert.report.record import FactorizeRecord
 from lrconvert.surgery import check_fits, factorize_module, merge_module, plan_of
 from lrconvert.tensors import shapes_of
@@ -269,7 +270,7 @@ def _smaller_only(plan: Plan, graph: bool) -> tuple[str, ...]:
 def _record(
     network: Network, plan: Plan, output: Path | None, seconds: float, outcome: "Outcome | None" = None
 ) -> FactorizeRecord:
-    rows = layer_decisions(plan, network)
+    rows = layer_decisions(plan, network.trace)
     macs = network.trace.macs if network.trace else None
     saved = sum((row.macs_before or 0) - (row.macs_after or 0) for row in rows)
     return FactorizeRecord(

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from lrconvert.api.common import layer_decisions
 from lrconvert.checkpoints import Checkpoint, open_checkpoint
 from lrconvert.checkpoints.hf_config import is_transformers
 from lrconvert.checkpoints.quantized import describe
+from lrconvert.report.decisions import layer_decisions
 from lrconvert.report.record import InfoRecord
 from lrconvert.tensors import count_parameters
 
@@ -31,7 +31,7 @@ def info(source: str | Path | Checkpoint) -> InfoRecord:
     for layer in plan.layers if plan else ():
         if layer.rank is None:
             dense[layer.reason] = dense.get(layer.reason, 0) + 1
-    rows = layer_decisions(plan, None) if plan else ()
+    rows = layer_decisions(plan) if plan else ()
     by_transformers = plan is not None and checkpoint.path.is_dir() and is_transformers(checkpoint.path)
     return InfoRecord(
         source=str(checkpoint.path),

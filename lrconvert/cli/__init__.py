@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 import lrconvert
-from lrconvert.cli import analyze, compare, demo, export, factorize, info
+from lrconvert.cli import analyze, compare, demo, evaluate, export, factorize, finetune, info, recipes, train
 from lrconvert.cli.memory import return_freed_memory
 from lrconvert.errors import LrconvertError
 
 app = typer.Typer(
-    help="Make trained networks smaller and faster by low-rank factorization.",
+    help="Make networks smaller and faster by low-rank factorization, and train low-rank networks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,9 +22,13 @@ app = typer.Typer(
 )
 app.command()(analyze.analyze)
 app.command()(factorize.factorize)
+app.command()(train.train)
+app.command()(finetune.finetune)
+app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command()(compare.compare)
 app.command()(info.info)
+app.add_typer(recipes.app, name="recipes")
 app.command()(demo.demo)
 
 # typer keeps its exception classes private, but for this one, whose base every wrong argument raises.
@@ -46,7 +50,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Make trained networks smaller and faster by low-rank factorization."""
+    """Make networks smaller and faster by low-rank factorization, and train low-rank networks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

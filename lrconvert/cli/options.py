@@ -38,6 +38,20 @@ Init = Annotated[
     Path | None, typer.Option("--init", help="The checkpoint at initialisation, to measure ξ.", metavar="CKPT")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Fields that overrule the recipe's (lr=0.1).")
+]
+RunFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder for weights, state, log and report.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the output folder.")]
+Dataset = Annotated[
+    str | None, typer.Option("--dataset", help="Images: digits, cifar10, fashion-mnist, folder, … or file.py:factory.")
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where the data set lies, or is downloaded to.", metavar="DIR")
+]
+TensorBoard = Annotated[
+    Path | None, typer.Option("--tensorboard", help="Write TensorBoard logs here too.", metavar="DIR")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout, all else on stderr.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print the record's rows as CSV on stdout, all else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
@@ -80,3 +94,8 @@ def parse_numbers(option: str, given: list[str] | None) -> dict[str, int]:
             raise UsageError(f"{option} {text}: write PATTERN=NUMBER, like {option} 'layer4.*=96'")
         parsed[pattern] = int(number)
     return parsed
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given, paths as text, as fields of a recipe."""
+    return {key: str(value) for key, value in values.items() if value is not None}

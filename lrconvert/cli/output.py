@@ -1,6 +1,7 @@
 """Where a command's record goes: tables, JSON or CSV; and progress while it is being made."""
 
 import csv
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +43,9 @@ class Sink:
         self.console = _Console(stderr=as_json or as_csv, highlight=False, markup=False)
 
     def show(self, record: Record) -> None:
-        """Render `record`."""
+        """Render `record`; of several processes, only the first one speaks."""
+        if not first_process():
+            return
         if self.as_json:
             print(record.model_dump_json(indent=2))
         elif self.as_csv:
@@ -69,6 +72,11 @@ class Sink:
                 yield start_bar
         else:
             yield _start_log
+
+
+def first_process() -> bool:
+    """Whether this is the first, or only, process of a run (torchrun sets RANK)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _start_log(what: str, steps: int) -> Callable[[], None]:

@@ -5,9 +5,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from lrconvert.report import record as records
+from lrconvert.report.tables import (
+    before_and_after,
+    count,
+    decision_table,
+    new_table,
+    print_notes,
+    print_reasons,
+    shape_text,
+)
+from lrconvert.report.terminal_training import render_evaluate, render_train
 
 _BARS = "▁▂▃▄▅▆▇█"
 _DECADES = 3
@@ -29,21 +38,6 @@ def render(record: records.Record, console: Console, verbose: bool = False) -> N
     raise TypeError(f"no table for {type(record).__name__}")
 
 
-def count(number: float | None, unit: str = "") -> str:
-    """1234567 as "1.23 M"; "–" for None."""
-    if number is None:
-        return "–"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.2f} {letter}{unit}"
-    return f"{number:g} {unit}".rstrip()
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """(64, 3, 7, 7) as "64×3×7×7"."""
-    return "×".join(str(size) for size in shape)
-
-
 def spectrum_picture(profile: Sequence[float], width: int) -> str:
     """One bar for each of `width` values of `profile`, from σ_max down, their height logarithmic over 3 decades."""
     from math import log10
@@ -53,47 +47,9 @@ def spectrum_picture(profile: Sequence[float], width: int) -> str:
     return "".join(_BARS[min(int(height * len(_BARS)), len(_BARS) - 1)] for height in heights)
 
 
-def _table(*columns: tuple[str, str], title: str = "") -> Table:
-    """A table of (heading, justification) columns, long names folded."""
-    table = Table(box=None, pad_edge=False, title=title or None, title_justify="left", header_style="bold")
-    for heading, justify in columns:
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=justify == "right")  # type: ignore[arg-type]
-    return table
-
-
-def _totals(rows: Sequence[tuple[str, float | None, float | None, str]]) -> Table:
-    """What a network cost before and after: (name, before, after, unit)."""
-    table = _table(("", "left"), ("before", "right"), ("after", "right"), ("after/before", "right"))
-    for name, before, after, unit in rows:
-        if before is None or after is None:
-            continue
-        ratio = f"{after / before:.3f}" if before else "–"
-        table.add_row(name, count(before, unit), count(after, unit), ratio)
-    return table
-
-
-def _reasons(console: Console, heading: str, reasons: Counter[str]) -> None:
-    """Reasons to stay dense with how many layers each holds for; those of one sort ("sort: detail") become one line."""
-    if not reasons:
-        return
-    sorts = Counter(reason.partition(":")[0] for reason in reasons)
-    shown: Counter[str] = Counter()
-    for reason, number in reasons.items():
-        sort = reason.partition(":")[0]
-        shown[sort if sorts[sort] > 2 else reason] += number
-    console.print(f"\n{heading}", style="bold")
-    for reason, number in shown.most_common():
-        console.print(f"  {number:4} × {reason}", soft_wrap=True)
-
-
-def _notes(console: Console, notes: Sequence[str]) -> None:
-    for note in notes:
-        console.print(f"note: {note}")
-
-
 def _analyze(record: records.AnalyzeRecord, console: Console, wide: bool, verbose: bool) -> None:
     console.print(record.source + (f"  {record.model}" if record.model else ""), style="bold")
-    _notes(console, record.notes)
+    print_notes(console, record.notes)
     columns = [("layer", "left"), ("shape", "left"), ("full", "right"), ("stable", "right"), ("scaled", "right")]
     extra = [("kind", "left"), ("params", "right"), ("MACs", "right"), ("e90", "right"), ("a80", "right")]
     headings = [*columns, *(extra if wide else ()), ("spectrum", "left")]
@@ -115,7 +71,7 @@ def _analyze(record: records.AnalyzeRecord, console: Console, wide: bool, verbos
     bars = min(
         max(console.width - sum(widths), 6), len(max((row.profile for row in record.layers), key=len, default=()))
     )
-    table = _table(*headings)
+    table = new_table(*headings)
     for row, cells in zip(record.layers, rows, strict=True):
         table.add_row(*cells, spectrum_picture(row.profile, bars), style="dim" if row.dense_reason else None)
     console.print(table)
@@ -125,45 +81,26 @@ def _analyze(record: records.AnalyzeRecord, console: Console, wide: bool, verbos
         + "spectrum: σ/σ_max from first to last, logarithmic, three decades high.",
         style="dim",
     )
-    _reasons(console, "Kept dense", Counter(row.dense_reason for row in record.layers if row.dense_reason))
+    print_reasons(console, "Kept dense", Counter(row.dense_reason for row in record.layers if row.dense_reason))
     size = f", {count(record.nbytes, 'B')} on disk" if record.nbytes else ""
     macs = f", {count(record.macs)} MACs ({record.mac_convention})" if record.macs is not None else ""
     weights = f"{len(record.layers)} weight" + ("" if len(record.layers) == 1 else "s")
     console.print(f"\n{weights}, {record.num_params:,} parameters{macs}{size}")
 
 
-def _decision_rows(rows: Sequence[records.LayerDecision], wide: bool) -> Table:
-    extra = [("kind", "left"), ("params", "right"), ("MACs", "right"), ("why", "left")]
-    columns = [("layer", "left"), ("shape", "left"), ("rank", "right"), ("full", "right"), ("size", "right")]
-    table = _table(*columns, ("error", "right"), *(extra if wide else ()))
-    for row in rows:
-        cells = [
-            row.name or "(root)",
-            shape_text(row.shape) + (f" /{row.groups}" if row.groups > 1 else ""),
-            "dense" if row.rank is None else str(row.rank),
-            str(row.full_rank),
-            f"{row.num_params_after / row.num_params_before:.0%}" if row.num_params_before else "–",
-            "–" if row.error is None else f"{row.error:.3f}",
-        ]
-        if wide:
-            cells += [row.kind, count(row.num_params_after), count(row.macs_after), row.reason]
-        table.add_row(*cells, style="dim" if row.rank is None else None)
-    return table
-
-
 def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, verbose: bool) -> None:
     to = f" → {record.output}" if record.output else "  (dry run: nothing is written)"
     console.print(f"{record.source}{to}", style="bold")
     console.print(f"rule {record.rule}, layers in {record.order} order")
-    _notes(console, record.notes)
+    print_notes(console, record.notes)
     rows = [row for row in record.layers if row.rank is not None or verbose]
-    console.print(_decision_rows(rows, wide))
+    console.print(decision_table(rows, wide))
     console.print("\nsize: elements of both factors / of the weight. error: predicted ‖W − VU‖/‖W‖.", style="dim")
     if not verbose:
-        _reasons(console, "Kept dense", Counter(row.reason for row in record.layers if row.rank is None))
+        print_reasons(console, "Kept dense", Counter(row.reason for row in record.layers if row.rank is None))
     console.print()
     console.print(
-        _totals(
+        before_and_after(
             [
                 ("parameters", record.num_params_before, record.num_params_after, ""),
                 ("MACs", record.macs_before, record.macs_after, ""),
@@ -193,7 +130,9 @@ def _export(record: records.ExportRecord, console: Console, wide: bool, verbose:
 def _compare(record: records.CompareRecord, console: Console, wide: bool, verbose: bool) -> None:
     a, b = record.first, record.second
     console.print(f"A  {a.source}\nB  {b.source}", style="bold")
-    table = _table(("layer", "left"), ("shape", "left"), ("rank A", "right"), ("rank B", "right"), ("B − A", "right"))
+    table = new_table(
+        ("layer", "left"), ("shape", "left"), ("rank A", "right"), ("rank B", "right"), ("B − A", "right")
+    )
     shown = [row for row in record.layers if verbose or row.difference or row.rank != (None, None)]
     for row in shown:
         ranks = ["dense" if rank is None else str(rank) for rank in row.rank]
@@ -208,7 +147,7 @@ def _compare(record: records.CompareRecord, console: Console, wide: bool, verbos
         if keys:
             console.print(f"only in {side}: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}")
     console.print()
-    totals = _table(("", "left"), ("A", "right"), ("B", "right"), ("B/A", "right"))
+    totals = new_table(("", "left"), ("A", "right"), ("B", "right"), ("B/A", "right"))
     lines: list[tuple[str, float | None, float | None, Callable[[float], str]]] = [
         ("parameters", a.num_params, b.num_params, count),
         ("MACs", a.macs, b.macs, count),
@@ -232,7 +171,7 @@ def _info(record: records.InfoRecord, console: Console, wide: bool, verbose: boo
         f"{', '.join(record.dtypes)}, {record.num_params:,} parameters",
         markup=False,
     )
-    _notes(console, record.notes)
+    print_notes(console, record.notes)
     if record.written_by is None:
         console.print("not written by lrconvert: a dense checkpoint, as far as anything says")
         return
@@ -241,15 +180,15 @@ def _info(record: records.InfoRecord, console: Console, wide: bool, verbose: boo
         console.print("dense: no plan in it")
         return
     console.print(f"rule {record.rule}" if record.rule else "ranks read from a live model")
-    console.print(_decision_rows(record.low_rank, wide))
-    _reasons(console, "Kept dense", Counter(record.dense))
+    console.print(decision_table(record.low_rank, wide))
+    print_reasons(console, "Kept dense", Counter(record.dense))
     console.print()
-    console.print(_totals([("parameters", record.num_params_dense, record.num_params, "")]))
+    console.print(before_and_after([("parameters", record.num_params_dense, record.num_params, "")]))
 
 
 def _demo(record: records.DemoRecord, console: Console, wide: bool, verbose: bool) -> None:
     names = [("", "left"), ("params", "right"), ("MACs", "right"), ("on disk", "right")]
-    table = _table(*names, ("accuracy", "right"), ("latency", "right"))
+    table = new_table(*names, ("accuracy", "right"), ("latency", "right"))
     for step in record.steps:
         table.add_row(
             step.name,
@@ -275,4 +214,6 @@ _RENDERERS: dict[type[records.Record], Callable[[Any, Console, bool, bool], None
     records.CompareRecord: _compare,
     records.InfoRecord: _info,
     records.DemoRecord: _demo,
+    records.TrainRecord: render_train,
+    records.EvaluateRecord: render_evaluate,
 }

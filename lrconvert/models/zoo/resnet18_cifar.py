@@ -10,17 +10,21 @@ INPUT_SHAPE = (3, 32, 32)
 
 
 class ResNet18Cifar(nn.Module):
-    """(batch, 3, height, width) to (batch, num_classes).
+    """(batch, in_channels, height, width) to (batch, num_classes).
 
     Args:
         num_classes: outputs.
         width: channels of the stem; the four stages have 1, 2, 4 and 8 times as many.
+        in_channels: colours of an image.
+        stem_stride: of the first convolution; 2 makes the network four times as cheap.
         stem_norm: whether a BatchNorm follows the first convolution. The paper's printed sizes are of both kinds.
     """
 
-    def __init__(self, num_classes: int = 10, width: int = 64, stem_norm: bool = True) -> None:
+    def __init__(
+        self, num_classes: int = 10, width: int = 64, in_channels: int = 3, stem_stride: int = 1, stem_norm: bool = True
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width) if stem_norm else nn.Identity()
         self.layer1 = _stage(width, width, 1)
         self.layer2 = _stage(width, 2 * width, 2)

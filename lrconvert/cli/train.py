@@ -1,0 +1,42 @@
+"""`lrconvert train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrconvert.cli import options
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or one of `lrconvert recipes list`.")],
+    overrides: options.Overrides = None,
+    output: options.RunFolder = Path("run"),
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    tensorboard: options.TensorBoard = None,
+    as_json: options.Json = False,
+    as_csv: options.Csv = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Train a network: full rank first, then low rank (Pufferfish, Cuttlefish, SI&FD), or dense throughout.
+
+    Works the same under torchrun and accelerate launch: torchrun --nproc-per-node 4 -m lrconvert train RECIPE.
+    """
+    import lrconvert
+    from lrconvert.cli.output import Sink
+    from lrconvert.cli.watch import watching
+    from lrconvert.recipes import find_recipe
+
+    sink = Sink(as_json, as_csv, quiet, verbose)
+    with watching(sink, tensorboard) as listener:
+        record = lrconvert.train(
+            find_recipe(recipe),
+            output,
+            overrides=overrides or (),
+            resume=resume,
+            overwrite=overwrite,
+            listener=listener,
+        )
+    sink.show(record)

@@ -1,0 +1,31 @@
+"""What a plan decided, as rows of a report."""
+
+from lrconvert.cost import Trace
+from lrconvert.plan import Plan
+from lrconvert.report.record import LayerDecision
+
+
+def layer_decisions(plan: Plan, trace: Trace | None = None) -> tuple[LayerDecision, ...]:
+    """One report row for every layer of `plan`, with MACs where `trace` is of the dense network."""
+    positions = trace.positions if trace is not None else {}
+    rows = []
+    for decision in plan.layers:
+        layer = decision.layer
+        at = positions.get(layer.owner)
+        rows.append(
+            LayerDecision(
+                name=decision.name,
+                kind=decision.kind,
+                shape=decision.shape,
+                groups=decision.groups,
+                full_rank=layer.full_rank,
+                rank=decision.rank,
+                reason=decision.reason,
+                error=decision.error,
+                num_params_before=layer.num_params,
+                num_params_after=decision.num_params_after,
+                macs_before=None if at is None else at * layer.macs_per_position(),
+                macs_after=None if at is None else at * layer.macs_per_position(decision.rank),
+            )
+        )
+    return tuple(rows)

@@ -1,0 +1,67 @@
+"""The processes of a run and their devices: what accelerate does for us, and the random numbers of each step."""
+
+import contextlib
+import random
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+from lrconvert.errors import UsageError
+from lrconvert.recipe import Recipe
+
+
+@contextlib.contextmanager
+def accelerated(recipe: Recipe) -> Iterator[Accelerator]:
+    """An accelerator as `recipe` wants it; the process group that it opens is closed at the end.
+
+    Raises:
+        UsageError: the device or the precision is not to be had here.
+    """
+    kind, _, index = recipe.device.partition(":")
+    if kind not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device: '{recipe.device}' is not auto, cpu, cuda or cuda:N")
+    on_gpu = kind != "cpu" and torch.cuda.is_available()
+    if kind == "cuda" and (not on_gpu or (index and int(index) >= torch.cuda.device_count())):
+        raise UsageError(f"device: '{recipe.device}', but this machine has {torch.cuda.device_count()} CUDA device(s)")
+    if recipe.amp == "fp16" and not on_gpu:
+        raise UsageError("amp: fp16 needs a GPU; use amp=bf16 or amp=no here")
+    if recipe.sync_bn and not on_gpu:
+        raise UsageError("sync_bn: torch's SyncBatchNorm needs GPUs; leave it out here")
+    if index:
+        torch.cuda.set_device(int(index))
+    # accelerate keeps its settings for the life of a process; a run has its own.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision=recipe.amp)
+    try:
+        yield accelerator
+    finally:
+        accelerator.free_memory()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
+    """Seed every generator for one step.
+
+    All that is random in a step (dropout, mixed images) then depends on nothing but these numbers, and a run that
+    goes on in the middle of an epoch needs no saved generators to repeat what it would have done.
+    """
+    mixed = int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def same_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers: running statistics differ, since each sees its own images."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
