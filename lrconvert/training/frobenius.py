@@ -45,7 +45,7 @@ class FrobeniusDecay:
         coefficient: λ; the papers take the weight decay of the other layers.
 
     Raises:
-        UsageError: the coefficient is negative.
+        UsageError: the coefficient is negative, or a BatchNorm stands between factors, whose product is then no weight.
     """
 
     def __init__(self, model: nn.Module, coefficient: float) -> None:
@@ -53,6 +53,8 @@ class FrobeniusDecay:
             raise UsageError(f"the coefficient of Frobenius decay must be 0 or more, not {coefficient:g}")
         self.coefficient = coefficient
         self._pairs = tuple(_pairs(model))
+        if any(pair.factored.norm for pair in self._pairs):
+            raise UsageError("Frobenius decay and a BatchNorm between the factors exclude each other: choose one")
 
     @torch.no_grad()
     def add_gradients(self) -> None:
@@ -77,5 +79,5 @@ def factor_parameters(model: nn.Module) -> set[nn.Parameter]:
 def _pairs(model: nn.Module) -> Iterator[_Pair]:
     for _, module in low_rank_modules(model):
         for path, factored in module.factored.items():
-            u, v = (module.get_parameter(each) for each in module.counterparts(path))
+            u, v = (module.get_parameter(each) for each in module.counterparts(path)[:2])
             yield _Pair(u, v, factored)

@@ -103,6 +103,14 @@ def test_the_product_decays_as_one_weight_would():
     assert_close((before - after) / step, before.square(), 1e-4)
 
 
+def test_a_batch_norm_between_the_factors_is_refused():
+    layer = LayerPlan(name="", weight="weight", kind="linear", shape=(9, 12), rank=2, norm=True)
+    model = factorize_module(nn.Linear(12, 9), Plan(layers=(layer,)))
+    assert factor_parameters(model) == {model.u.weight, model.v.weight}
+    with pytest.raises(UsageError, match="exclude each other"):
+        FrobeniusDecay(model, 0.1)
+
+
 def test_a_dense_model_has_no_factors_and_a_negative_coefficient_is_refused():
     assert factor_parameters(nn.Linear(3, 3)) == set()
     with pytest.raises(UsageError, match=r"must be 0 or more, not -0\.1"):
