@@ -2,7 +2,8 @@
 
 A layer "a" with `a.weight` and `a.bias` becomes `a.u.weight`, `a.v.weight` and `a.v.bias`: two layers, u applied
 first. How their weights are stored is said in `lrconvert.layers.layout`. Of a module with several weights,
-"a.weight_ih_l0" becomes `a.ih_l0.u.weight` and `a.ih_l0.v.weight`, and biases stay.
+"a.weight_ih_l0" becomes `a.ih_l0.u.weight` and `a.ih_l0.v.weight`, and biases stay. Where the plan says so, a fresh
+BatchNorm `a.bn` stands between u and v; merging folds its running statistics, v·(s·u(x) + t) = (v·s·u)(x) + v·t.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrconvert.errors import PlanError
+from lrconvert.layers.norm import EPS, fresh_norm
 from lrconvert.plan import LayerPlan, Plan, check_plan
 from lrconvert.rewrite import CPU, Layout, Rewrite, moving
 from lrconvert.spectrum import factors_of
@@ -30,11 +32,25 @@ def factorize_weight(weight: Tensor, layer: LayerPlan) -> tuple[Tensor, Tensor]:
     return u.contiguous(), v.contiguous()
 
 
-def merge_weight(u: Tensor, v: Tensor, layer: LayerPlan) -> Tensor:
-    """The dense weight v·u of two factors, multiplied in float64, in the dtype of `u`."""
+def merge_weight(u: Tensor, v: Tensor, layer: LayerPlan, scale: Tensor | None = None) -> Tensor:
+    """The dense weight v·diag(scale)·u of two factors, multiplied in float64, in the dtype of `u`.
+
+    Args:
+        u, v: the factors as they are stored.
+        layer: how.
+        scale: (groups·rank,), of a norm between them; None for ones.
+    """
     layout = layer.layer.layout
     left, right = layout.factors(u.double(), v.double(), layer.groups)
+    if scale is not None:
+        right = right * scale.reshape(layer.groups, -1, 1)
     return layout.weight(left @ right, layer.shape).to(u.dtype).contiguous()
+
+
+def merged_weight(tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device = CPU) -> Tensor:
+    """The dense weight that the factors of `layer`, and the norm between them, stand for in a state dict."""
+    u, v = (tensors[layer.key(factor)].read().to(device) for factor in ("u", "v"))
+    return merge_weight(u, v, layer, _scale_and_shift(tensors, layer, device)[0] if layer.norm else None)
 
 
 def factorizing(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device = CPU) -> list[Rewrite]:
@@ -61,46 +77,93 @@ def merging(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device =
     """The steps that multiply the factors of a state dict out again, the inverse of `factorizing`.
 
     Raises:
-        PlanError: a factor is missing or has another shape than the plan says.
+        PlanError: a factor is missing or has another shape than the plan says; or, when the steps are run, a norm
+            between two factors adds what their dense layer cannot.
     """
     first = {layer.key("u"): layer for layer in plan.low_rank}
-    second = {layer.key("v") for layer in plan.low_rank}
+    others: set[str] = set()
     biases = {layer.key("v", "bias"): layer for layer in plan.low_rank}
     for layer in plan.low_rank:
-        for key, shape in _factor_shapes(layer).items():
+        expected = replacements(layer)
+        others |= expected.keys() - first.keys()
+        for key, (shape, _) in expected.items():
             if key not in tensors or tensors[key].shape != shape:
                 found = tensors[key].shape if key in tensors else "nothing"
                 raise PlanError(f"{key}: the plan expects shape {shape}, the checkpoint has {found}")
     steps = []
     for key, ref in tensors.items():
         if key in first:
-            steps.append(_merging(key, ref, tensors[first[key].key("v")], first[key], device))
+            steps.append(_merging(key, tensors, first[key], device))
+        elif key in biases and biases[key].norm:
+            steps.append(_merging_bias(key, tensors, biases[key], device))
         elif key in biases:
             steps.append(moving(key, ref, biases[key].bias_key))
-        elif key not in second:
+        elif key not in others:
             steps.append(moving(key, ref, key))
     return steps
 
 
-def _factorizing(source: str, ref: TensorRef, layer: LayerPlan, device: torch.device) -> Rewrite:
-    outputs: Layout = {key: (shape, ref.dtype) for key, shape in _factor_shapes(layer).items()}
-
-    def make() -> dict[str, Tensor]:
-        factors = factorize_weight(ref.read().to(device), layer)
-        return {key: factor.cpu() for key, factor in zip(outputs, factors, strict=True)}
-
-    return Rewrite(source, outputs, ref.numel, make)
-
-
-def _factor_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
-    """Key to shape of the two factors of a layer, u first."""
+def replacements(layer: LayerPlan, dtype: torch.dtype = torch.float32) -> Layout:
+    """Key to (shape, dtype) of what takes the place of a weight of `dtype`: u, the norm's state if there is one, v."""
     assert layer.rank is not None
     u, v = layer.layer.layout.factor_shapes(layer.shape, layer.groups, layer.rank)
-    return {layer.key("u"): u, layer.key("v"): v}
+    norm = fresh_norm(layer.groups * layer.rank, dtype, "meta") if layer.norm else {}
+    between = {layer.key("bn", name): (tuple(tensor.shape), tensor.dtype) for name, tensor in norm.items()}
+    return {layer.key("u"): (u, dtype), **between, layer.key("v"): (v, dtype)}
 
 
-def _merging(source: str, u: TensorRef, v: TensorRef, layer: LayerPlan, device: torch.device) -> Rewrite:
+def _factorizing(source: str, ref: TensorRef, layer: LayerPlan, device: torch.device) -> Rewrite:
     def make() -> dict[str, Tensor]:
-        return {layer.weight: merge_weight(u.read().to(device), v.read().to(device), layer).cpu()}
+        assert layer.rank is not None
+        u, v = factorize_weight(ref.read().to(device), layer)
+        norm = fresh_norm(layer.groups * layer.rank, ref.dtype) if layer.norm else {}
+        between = {layer.key("bn", name): tensor for name, tensor in norm.items()}
+        return {layer.key("u"): u.cpu(), **between, layer.key("v"): v.cpu()}
 
-    return Rewrite(source, {layer.weight: (layer.shape, u.dtype)}, layer.layer.num_params, make)
+    return Rewrite(source, replacements(layer, ref.dtype), ref.numel, make)
+
+
+def _merging(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device) -> Rewrite:
+    def make() -> dict[str, Tensor]:
+        if layer.norm:
+            _added_to_bias(tensors, layer, device)  # raises where there is no place for it
+        return {layer.weight: merged_weight(tensors, layer, device).cpu()}
+
+    return Rewrite(source, {layer.weight: (layer.shape, tensors[source].dtype)}, layer.layer.num_params, make)
+
+
+def _merging_bias(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device) -> Rewrite:
+    bias = tensors[source]
+
+    def make() -> dict[str, Tensor]:
+        total = bias.read().to(device).double() + _added_to_bias(tensors, layer, device)
+        return {layer.bias_key: total.to(bias.dtype).cpu()}
+
+    return Rewrite(source, {layer.bias_key: (bias.shape, bias.dtype)}, layer.layer.num_params, make)
+
+
+def _added_to_bias(tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device) -> Tensor:
+    """What the shift of the norm adds to the outputs, (out,) or a single zero, float64.
+
+    Raises:
+        PlanError: it is not zero, and the dense layer cannot add it.
+    """
+    shift = _scale_and_shift(tensors, layer, device)[1]
+    if not shift.any():
+        return shift.new_zeros(1)
+    has_bias, even = layer.key("v", "bias") in tensors, layer.layer.layout.pointwise_last
+    if not (has_bias and even):
+        why = "a dense layer without a bias cannot add" if even else f"the bias of a {layer.kind} cannot stand for"
+        raise PlanError(f"{layer.name}: {why} what the BatchNorm between its factors adds; it has to stay factorized")
+    v = tensors[layer.key("v")].read().to(device).double()
+    return (v.reshape(layer.groups, -1, v.shape[1]) @ shift.reshape(layer.groups, -1, 1)).flatten()
+
+
+def _scale_and_shift(tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the norm of `layer` does in eval mode, s·x + t: two float64 tensors (groups·rank,)."""
+    weight, bias, mean, variance = (
+        tensors[layer.key("bn", name)].read().to(device).double()
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = weight / torch.sqrt(variance + EPS)
+    return scale, bias - mean * scale

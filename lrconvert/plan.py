@@ -34,6 +34,7 @@ class LayerPlan(BaseModel):
         reason: the rule that chose the rank, or why the layer stays dense.
         error: predicted ‖W − W_r‖ / ‖W‖; None for a layer that stays dense.
         evidence: "module" when a model settled the kind, "shape" when it was read from the file alone.
+        norm: whether a BatchNorm stands between the factors, with the key "layer.bn.weight" and so on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +48,7 @@ class LayerPlan(BaseModel):
     reason: str = ""
     error: float | None = None
     evidence: Literal["module", "shape"] = "module"
+    norm: bool = False
 
     @classmethod
     def of(cls, layer: Layer, rank: int | None, reason: str = "", error: float | None = None) -> Self:
@@ -61,20 +63,21 @@ class LayerPlan(BaseModel):
             reason=reason,
             error=error,
             evidence=layer.evidence,
+            norm=layer.norm and rank is not None,
         )
 
     @property
     def layer(self) -> Layer:
         """The layer that was decided on."""
-        return Layer(self.name, self.weight, self.kind, self.shape, self.groups, evidence=self.evidence)
+        return Layer(self.name, self.weight, self.kind, self.shape, self.groups, evidence=self.evidence, norm=self.norm)
 
     @property
     def num_params_after(self) -> int:
-        """Elements of the weight, or of the factors that replace it; without bias."""
+        """Elements of the weight, or of the factors and the norm that replace it; without bias."""
         return self.layer.num_params if self.rank is None else self.layer.num_low_rank_params(self.rank)
 
-    def key(self, factor: Literal["u", "v"], parameter: str = "weight") -> str:
-        """State-dict key of a factor: "layer.u.weight"."""
+    def key(self, factor: Literal["u", "bn", "v"], parameter: str = "weight") -> str:
+        """State-dict key of a factor, or of the norm between them: "layer.u.weight"."""
         return f"{self.layer.factor_path(factor)}.{parameter}"
 
     @property
@@ -128,6 +131,7 @@ class PlanOptions:
         splits: (pattern, parts) pairs: the outputs of a linear, recurrent or packed attention weight are that many
             matrices, each factorized on its own; 1 takes them together. The first match counts.
         include_embeddings: whether embeddings, which stay dense unless named, are factorized like other layers.
+        extra_norm: whether a BatchNorm stands between the factors of linear layers and convolutions.
     """
 
     rule: Rule
@@ -140,6 +144,7 @@ class PlanOptions:
     layer_ranks: tuple[tuple[str, int], ...] = ()
     splits: tuple[tuple[str, int], ...] = ()
     include_embeddings: bool = False
+    extra_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.keep_first is not None and self.keep_first < 0:
@@ -212,6 +217,16 @@ def can_split(layer: Layer, parts: int) -> bool:
     if layer.kind in COMPOSITE_KINDS:
         return parts == 1
     return layer.kind in ("linear", "transposed_linear") and layer.layout.stacked(layer.shape) % parts == 0
+
+
+def with_norms(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """`layers`, with a BatchNorm between the factors of every one that can have it."""
+    return tuple(replace(layer, norm=can_norm(layer)) for layer in layers)
+
+
+def can_norm(layer: Layer) -> bool:
+    """Whether a BatchNorm may stand between the factors of `layer`: a linear layer or a convolution."""
+    return layer.kind in LAYOUTS and layer.kind not in COMPOSITE_KINDS and layer.kind != "embedding"
 
 
 def reasons_to_stay_dense(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
@@ -325,6 +340,8 @@ def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise PlanError(
                 f"{layer.name}: a weight of shape {layer.shape} in {layer.groups} group(s) is no {layer.kind}"
             )
+        if layer.norm and not can_norm(layer.layer):
+            raise PlanError(f"{layer.name}: no BatchNorm fits between the factors of this {layer.kind}; drop its norm")
         if layout.stacked(layer.shape) % layer.groups:
             raise PlanError(f"{layer.name}: {layer.shape} does not divide into {layer.groups} groups")
         if layer.rank is None or layer.rank > layer.layer.full_rank:

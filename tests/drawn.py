@@ -40,8 +40,8 @@ def modules(draw, kinds=KINDS):
 
 
 @st.composite
-def plans(draw, module, full_rank=False):
-    """A plan for `ModuleDict({"it": module})`: some or all of its weights, at any rank."""
+def plans(draw, module, full_rank=False, norm=False):
+    """A plan for `ModuleDict({"it": module})`: some or all of its weights, at any rank, perhaps with a norm between."""
     layers = [
         layer for layer in layers_of_module(nn.ModuleDict({"it": module})) if layer.guess or not layer.dense_reason
     ]
@@ -52,7 +52,7 @@ def plans(draw, module, full_rank=False):
         if layer.kind in ("linear", "transposed_linear"):
             parts = [parts for parts in (1, 2, 3) if layer.layout.stacked(layer.shape) % parts == 0]
             groups = draw(st.sampled_from(parts))
-        layer = replace(layer, groups=groups)
+        layer = replace(layer, groups=groups, norm=norm)
         rank = layer.full_rank if full_rank else draw(st.integers(1, layer.full_rank))
         decisions.append(LayerPlan.of(layer, rank))
     return Plan(layers=tuple(decisions))

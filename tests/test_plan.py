@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lrconvert.checkpoints.plan_file import save_plan
 from lrconvert.errors import OutputExistsError, PatternError, PlanError, UsageError
 from lrconvert.layers import Layer
-from lrconvert.plan import LayerPlan, Plan, PlanOptions, check_plan, decide, load_plan
+from lrconvert.plan import LayerPlan, Plan, PlanOptions, check_plan, decide, load_plan, with_norms
 from lrconvert.ranks import parse_rule
 from lrconvert.spectrum import spectrum_of
 
@@ -141,6 +141,20 @@ def test_predicted_error_is_that_of_the_spectrum():
     assert plan.low_rank[0].error == pytest.approx(float(tail.norm() / matrix.norm()), abs=1e-6)
 
 
+def test_a_norm_counts_when_a_layer_is_to_shrink():
+    # 20·21 = 420 elements: 10 ranks of 20 + 21 are fewer, but not of 20 + 21 + 2
+    plain = linear("a", (20, 21))
+    (normed,) = with_norms([plain])
+    assert plan_for([plain], "rank=10", keep_first=0, keep_last=False).low_rank[0].num_params_after == 410
+    assert reasons(plan_for([normed], "rank=10", keep_first=0, keep_last=False)) == {
+        "a": "would not shrink: rank 10, break-even 9"
+    }
+    (decision,) = plan_for([normed], "rank=9", keep_first=0, keep_last=False).low_rank
+    assert decision.norm
+    assert decision.num_params_after == 9 * 43
+    assert decision.layer.macs_per_position(9) == 9 * 41
+
+
 def test_plan_survives_a_file(tmp_path):
     plan = plan_for(keep_first=2, layer_ranks=(("b*", 3),))
     save_plan(plan, tmp_path / "plan.json")
@@ -166,6 +180,7 @@ def test_plan_survives_a_file(tmp_path):
             reason=st.text(max_size=8),
             error=st.none() | st.floats(0, 1),
             evidence=st.sampled_from(["module", "shape"]),
+            norm=st.booleans(),
         ),
         max_size=4,
     )
@@ -211,6 +226,9 @@ def test_a_missing_plan_file_is_an_error(tmp_path):
         ({"kind": "embedding", "groups": 2}, "in 2 group"),
         ({"shape": (64, 65)}, r"the plan says \(64, 65\), the checkpoint \(64, 64\)"),
         ({"kind": "norm"}, "kind 'norm' cannot be factorized"),
+        ({"kind": "lstm", "norm": True}, "no BatchNorm fits between the factors of this lstm; drop its norm"),
+        ({"kind": "attention", "norm": True}, "no BatchNorm fits"),
+        ({"kind": "embedding", "norm": True}, "no BatchNorm fits"),
         ({"kind": "conv1d", "shape": (64, 64, 3), "groups": 7}, "does not divide into 7 groups"),
         ({"rank": 65}, "rank 65 is not from 1 to full rank 64"),
     ],

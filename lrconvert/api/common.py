@@ -41,6 +41,7 @@ def plan_options(
     layer_ranks: Mapping[str, int] | None = None,
     splits: Mapping[str, int] | None = None,
     include_embeddings: bool = False,
+    extra_norm: bool = False,
 ) -> PlanOptions:
     """Plan options from a rule's text ("energy=0.9") and the settings of `PlanOptions`."""
     return PlanOptions(
@@ -54,6 +55,7 @@ def plan_options(
         tuple((layer_ranks or {}).items()),
         tuple((splits or {}).items()),
         include_embeddings,
+        extra_norm,
     )
 
 

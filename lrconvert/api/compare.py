@@ -10,7 +10,7 @@ from lrconvert.checkpoints import Checkpoint, open_checkpoint
 from lrconvert.cost import Latency, measure_latency
 from lrconvert.errors import CheckpointError
 from lrconvert.exporters.check import tensors_in
-from lrconvert.factorization import merge_weight
+from lrconvert.factorization import merged_weight, replacements
 from lrconvert.inputs import examples, shape_of
 from lrconvert.loading import load
 from lrconvert.network import Network, open_network
@@ -79,7 +79,7 @@ def _dense_keys(checkpoint: Checkpoint) -> dict[str, LayerPlan | None]:
         return dict(checkpoint.graph.dense_keys(plan))
     factorized = {layer.key("u"): layer for layer in plan.low_rank} if plan else {}
     renamed = {layer.key("v", "bias"): layer.bias_key for layer in plan.low_rank} if plan else {}
-    skipped = {layer.key("v") for layer in factorized.values()}
+    skipped = {key for layer in factorized.values() for key in replacements(layer)}
     keys: dict[str, LayerPlan | None] = {}
     for key in checkpoint.tensors:
         if key in factorized:
@@ -116,8 +116,7 @@ def _weight(checkpoint: Checkpoint, key: str, decision: LayerPlan | None) -> tor
         return ref.read() if ref is not None and ref.dtype.is_floating_point else None
     if checkpoint.graph is not None:
         return checkpoint.graph.merged_weight(decision)
-    u, v = (checkpoint.tensors[decision.key(factor)].read() for factor in ("u", "v"))
-    return merge_weight(u, v, decision)
+    return merged_weight(checkpoint.tensors, decision)
 
 
 def _side(network: Network) -> Side:

@@ -18,8 +18,8 @@ from lrconvert.factorization import factorizing
 from lrconvert.hf.mark import mark
 from lrconvert.inputs import shape_of
 from lrconvert.network import Network, Source, open_network, refuse_quantized
-from lrconvert.plan import Plan, check_plan, decide, reasons_to_stay_dense, split
 from lrconvert.report.decisions import layer_decisions
+from lrconvert.plan import Plan, check_plan, decide, reasons_to_stay_dense, split, with_norms
 from lrconvert.report.record import FactorizeRecord
 from lrconvert.surgery import check_fits, factorize_module, merge_module, plan_of
 from lrconvert.tensors import shapes_of
@@ -42,6 +42,7 @@ def make_plan(
     layer_ranks: Mapping[str, int] | None = None,
     splits: Mapping[str, int] | None = None,
     include_embeddings: bool = False,
+    extra_norm: bool = False,
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -60,6 +61,8 @@ def make_plan(
         splits: pattern to number of parts: the outputs of these layers are that many matrices, factorized each on its
             own ({"*.qkv": 3}), or, with 1, together ({"lstm*": 1}).
         include_embeddings: factorize embeddings too.
+        extra_norm: put a BatchNorm between the factors of linear layers and convolutions, to train them with
+            (Cuttlefish section 4.1).
         model, model_args, input_shape, init, device, progress: see `analyze`.
 
     Raises:
@@ -77,11 +80,16 @@ def make_plan(
         layer_ranks=layer_ranks,
         splits=splits,
         include_embeddings=include_embeddings,
+        extra_norm=extra_norm,
     )
     network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
     _refuse_factorized(network)
     refuse_quantized(network, include, exclude)
+    if extra_norm and network.checkpoint is not None and network.checkpoint.graph is not None:
+        raise UsageError(f"{network.name} is a graph, and an extra BatchNorm is for training: factorize the model")
     network = replace(network, layers=split(network.layers, options.splits))
+    if extra_norm:
+        network = replace(network, layers=with_norms(network.layers))
     reasons = reasons_to_stay_dense(network.layers, options)
     candidates = [layer for layer in network.layers if layer.name not in reasons]
     if isinstance(source, Analysis):

@@ -23,13 +23,15 @@ from lrconvert.plan import LayerPlan, Plan
 CONFIG = "config.json"
 METHOD = "lrconvert"
 _ENTRY = "quantization_config"
-_KEPT = ("kind", "shape", "rank", "groups")
+_KEPT = {"kind", "shape", "rank", "groups"}
+_KEPT_WHERE_SET = {"norm"}
 
 
 def to_config(plan: Plan) -> dict[str, Any]:
-    """The factorized layers of `plan` as JSON: key of the dense weight to kind, shape, rank and groups."""
+    """Factorized layers of `plan` as JSON: key of the dense weight to kind, shape, rank, groups, and norm where set."""
     return {
-        layer.weight: {name: value for name, value in layer.model_dump(mode="json").items() if name in _KEPT}
+        layer.weight: layer.model_dump(mode="json", include=_KEPT)
+        | layer.model_dump(mode="json", include=_KEPT_WHERE_SET, exclude_defaults=True)
         for layer in plan.low_rank
     }
 

@@ -61,6 +61,10 @@ def factorize(
     include_embeddings: Annotated[
         bool, typer.Option("--include-embeddings", help="Embeddings too; by default they stay dense.")
     ] = False,
+    extra_bn: Annotated[
+        bool,
+        typer.Option("--extra-bn", help="A BatchNorm between the factors, for training on; Cuttlefish section 4.1."),
+    ] = False,
     rank_multiple: Annotated[
         int | None, typer.Option("--rank-multiple", help="Round ranks to multiples of this (8 suits most hardware).")
     ] = None,
@@ -95,6 +99,7 @@ def factorize(
         "layer_ranks": options.parse_numbers("--layer-rank", layer_rank) or None,
         "splits": options.parse_numbers("--split", split) or None,
         "include_embeddings": include_embeddings or None,
+        "extra_norm": extra_bn or None,
         "init": init,
     }
     chosen = {name: value for name, value in settings.items() if value is not None}
@@ -102,7 +107,7 @@ def factorize(
     if output is None and not dry_run:
         raise UsageError("say where to write with -o FILE.safetensors, or look first with --dry-run")
     if plan is not None and chosen:
-        names = ", ".join("--" + name.replace("_", "-") for name in chosen)
+        names = ", ".join(_OPTIONS.get(name, "--" + name.replace("_", "-")) for name in chosen)
         raise UsageError(f"--plan has decided everything already: {names} would change nothing")
 
     import lrconvert
@@ -135,6 +140,16 @@ def factorize(
             network, ready, output=output, overwrite=overwrite, dry_run=dry_run, device=device, progress=progress
         )
     sink.show(record)
+
+
+# Settings whose option has another name.
+_OPTIONS = {
+    "keep_last": "--factorize-last",
+    "floor": "--rank-floor",
+    "layer_ranks": "--layer-rank",
+    "splits": "--split",
+    "extra_norm": "--extra-bn",
+}
 
 
 def _rule(

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import skip_init
 
 from lrconvert.layers.lowrank import Factored, LowRankLayer, where
+from lrconvert.layers.norm import norm_between
 
 CONV_TYPES: dict[str, type[_ConvNd]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 TRANSPOSED_TYPES: dict[str, type[_ConvTransposeNd]] = {
@@ -34,6 +35,7 @@ class LowRankConv(LowRankLayer):
         width, shared = _between(dense, wanted["weight"])
         conv = CONV_TYPES[wanted["weight"].kind]
         self.u = skip_init(conv, dense.in_channels, width, bias=False, **_settings(dense), **shared)
+        self.bn = norm_between(wanted["weight"], where(dense.weight))
         self.v = skip_init(conv, width, dense.out_channels, kernel_size=1, bias=dense.bias is not None, **shared)
 
 
@@ -50,11 +52,12 @@ class LowRankConvTranspose(LowRankLayer):
         bias, settings = dense.bias is not None, {**_settings(dense), "output_padding": dense.output_padding}
         conv = CONV_TYPES[f"conv{len(dense.kernel_size)}d"]
         self.u = skip_init(conv, dense.in_channels, width, kernel_size=1, bias=False, **shared)
+        self.bn = norm_between(wanted["weight"], where(dense.weight))
         self.v = skip_init(transposed, width, dense.out_channels, bias=bias, **settings, **shared)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """What the dense layer would return for `x`, up to the truncation; `output_size` as for the dense layer."""
-        out: Tensor = self.v(self.u(x), output_size)
+        out: Tensor = self.v(self.between(self.u(x)), output_size)
         return out
 
 

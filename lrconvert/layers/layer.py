@@ -29,6 +29,7 @@ class Layer:
         evidence: "module" when a model settled the kind, "shape" when it was read from names and shapes alone.
         tied_head: whether the weight is that of an embedding and of the linear layer after it, the classifier.
         guess: True when `dense_reason` is a default or a guess that naming the layer overrules.
+        norm: whether a BatchNorm stands between the factors when it is factorized.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Layer:
     evidence: Evidence = "module"
     guess: bool = False
     tied_head: bool = False
+    norm: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -81,22 +83,22 @@ class Layer:
 
     @property
     def break_even_rank(self) -> int:
-        """Largest rank whose two factors hold fewer elements than the dense weight; 0 when there is none."""
+        """Largest rank whose factors hold fewer elements than the dense weight; 0 when there is none."""
         rows, columns = self.matrix_shape
-        return max((rows * columns - 1) // (rows + columns), 0) if rows and columns else 0
+        return max((rows * columns - 1) // (self.num_low_rank_params(1) // self.groups), 0) if rows and columns else 0
 
     def num_low_rank_params(self, rank: int) -> int:
-        """Elements of the two factors at `rank` per group, without bias."""
-        return self.groups * rank * sum(self.matrix_shape)
+        """Elements of the two factors at `rank` per group, and of the norm between them; without bias."""
+        return self.groups * rank * (sum(self.matrix_shape) + (2 if self.norm else 0))
 
     def macs_per_position(self, rank: int | None = None) -> int:
         """Multiply-accumulates for one token, pixel or time step, dense or at `rank`; a table is looked up for free."""
         if self.kind == "embedding":
             return rank * self.shape[1] if rank else 0
-        return self.num_params if rank is None else self.num_low_rank_params(rank)
+        return self.num_params if rank is None else self.groups * rank * sum(self.matrix_shape)
 
-    def factor_path(self, factor: Literal["u", "v"]) -> str:
-        """Path of the module that holds a factor: "layer4.0.conv1.u", "lstm.ih_l0.v", "attention.in_proj.u"."""
+    def factor_path(self, factor: Literal["u", "bn", "v"]) -> str:
+        """Path of the module that holds a factor, or the norm: "layer4.0.conv1.u", "lstm.ih_l0.v", "fc1.bn"."""
         path, _, last = self.name.rpartition(".")
         if self.name == self.weight:
             last = factor_name(last)

@@ -7,6 +7,7 @@ Shapes: a matrix view is (groups, rows, columns). Its factors are a left one (gr
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,10 +21,12 @@ class Layout:
     Attributes:
         dims: dimensions of the stored weight; None for any number.
         grouped: whether the weight may consist of several matrices.
+        pointwise_last: whether `v` is applied to every position alike, so that a constant before it is one after it.
     """
 
     dims: int | None = None
     grouped: bool = True
+    pointwise_last: ClassVar[bool] = True
 
     def matrix_shape(self, shape: Shape, groups: int) -> tuple[int, int]:
         """(rows, columns) of the view of one group."""
@@ -84,6 +87,8 @@ class TransposedConv(Layout):
 
     `u` is a convolution of kernel 1 at the input's resolution, `v` the transposed convolution with the kernel.
     """
+
+    pointwise_last = False
 
     def factor_shapes(self, shape: Shape, groups: int, rank: int) -> tuple[Shape, Shape]:
         """(groups·rank, in/groups, 1, …) and (groups·rank, out/groups, *kernel)."""

@@ -14,6 +14,7 @@ from torch.nn.utils import skip_init
 
 from lrconvert.layers.layout import LAYOUTS
 from lrconvert.layers.lowrank import Factored, LowRankLayer, where
+from lrconvert.layers.norm import norm_between
 
 
 class BlockLinear(nn.Module):
@@ -68,7 +69,16 @@ class LowRankLinear(LowRankLayer):
         bias, weight = dense.bias, dense.weight
         assert isinstance(weight, Tensor)
         factors = LinearFactors(wanted["weight"], bias is not None, where(weight))
-        self.u, self.v = factors.u, factors.v
+        self.u = factors.u
+        self.bn = norm_between(wanted["weight"], where(weight))
+        self.v = factors.v
+
+    def between(self, narrow: Tensor) -> Tensor:
+        """The outputs of `u` (…, width); a norm takes all leading dimensions as its batch."""
+        if self.bn is None:
+            return narrow
+        out: Tensor = self.bn(narrow.reshape(-1, narrow.shape[-1])).reshape(narrow.shape)
+        return out
 
     @property
     def in_features(self) -> int:

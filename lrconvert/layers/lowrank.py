@@ -91,12 +91,14 @@ class Factored:
         shape: shape of the dense weight as it was stored.
         rank: singular values kept per group.
         groups: matrices in the weight.
+        norm: whether a BatchNorm stands between the factors.
     """
 
     kind: str
     shape: tuple[int, ...]
     rank: int
     groups: int = 1
+    norm: bool = False
 
 
 class LowRank(nn.Module):
@@ -120,7 +122,10 @@ class LowRank(nn.Module):
         self._skeleton = (_without_data(dense),)
 
     def counterparts(self, parameter: str) -> tuple[str, ...]:
-        """Paths of the parameters here that stand for `parameter` of the dense module."""
+        """Paths of the parameters here that stand for `parameter` of the dense module.
+
+        For a weight that was factorized these are `u`, `v`, and what stands between them.
+        """
         raise TypeError(f"{type(self).__name__} does not say what stands for {parameter}")
 
     def dense(self) -> nn.Module:
@@ -149,12 +154,17 @@ class LowRankLayer(LowRank):
     """`v(u(x))` in the place of a layer with one weight: `u` is applied first, `v` second, and carries the bias.
 
     The children are plain layers of torch.nn, so state-dict keys read `layer.u.weight`, `layer.v.weight` and
-    `layer.v.bias`, and DDP, torch.compile and exporters see nothing unusual.
+    `layer.v.bias`, and DDP, torch.compile and exporters see nothing unusual. With a norm it is `v(bn(u(x)))`, and
+    `bn`, else None, is a BatchNorm.
     """
 
     u: nn.Module
     v: nn.Module
     shown: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, dense: nn.Module, wanted: Mapping[str, Factored]) -> None:
+        super().__init__(dense, wanted)
+        self.bn: nn.Module | None = None
 
     @property
     def rank(self) -> int:
@@ -162,12 +172,22 @@ class LowRankLayer(LowRank):
         return self.factored["weight"].rank
 
     def counterparts(self, parameter: str) -> tuple[str, ...]:
-        """Both factors for the weight; `v` has the bias."""
-        return ("u.weight", "v.weight") if parameter == "weight" else ("v.bias",)
+        """Both factors, and the norm between them, for the weight; `v` has the bias."""
+        if parameter != "weight":
+            return ("v.bias",)
+        return ("u.weight", "v.weight", *(("bn.weight", "bn.bias") if self.bn is not None else ()))
 
     def forward(self, x: Tensor) -> Tensor:
         """What the dense layer would return for `x`, up to the truncation."""
-        out: Tensor = self.v(self.u(x))
+        out: Tensor = self.v(self.between(self.u(x)))
+        return out
+
+    def between(self, narrow: Tensor) -> Tensor:
+        """The outputs of `u`, channels in the second dimension or without a batch, as `v` takes them."""
+        if self.bn is None:
+            return narrow
+        batched = narrow.dim() == len(self.factored["weight"].shape)
+        out: Tensor = self.bn(narrow) if batched else self.bn(narrow.unsqueeze(0)).squeeze(0)
         return out
 
     @property
