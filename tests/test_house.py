@@ -15,14 +15,15 @@ PACKAGE = Path(lrconvert.__file__).parent
 FLOORS = [
     {"errors"},
     {"inputs", "layers", "patterns", "parallel", "tensors"},
-    {"spectrum"},
+    {"spectrum", "stable_rank"},
     {"ranks", "cost"},
     {"plan", "rewrite"},
-    {"factorization", "surgery", "onnx_graph"},
+    {"factorization", "surgery", "profiling", "onnx_graph"},
     {"checkpoints", "models"},
     {"hf"},
     {"network"},
-    {"analysis", "exporters", "report"},
+    {"analysis", "exporters", "planning", "report"},
+    {"training"},
     {"api"},
     {"cli"},
 ]
