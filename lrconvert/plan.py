@@ -272,21 +272,30 @@ def _ends(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
     return {name: reason for name, reason in ends.items() if name not in named}
 
 
+def can_shrink(layer: Layer, options: PlanOptions) -> bool:
+    """Whether `layer` gets smaller at the lowest rank that `options` allow, whatever the rule says."""
+    rank, _ = _allowed(layer, options, 1)
+    return rank <= layer.break_even_rank
+
+
 def _rank_or_reason(evidence: Evidence, options: PlanOptions) -> tuple[int | None, str]:
     """(rank, rule) of a layer that may be low rank, or (None, why it stays dense after all)."""
     layer = evidence.layer
     if evidence.spectrum.is_zero:
         return None, "all zero"
-    override = next((rank for pattern, rank in options.layer_ranks if matches(pattern, layer.name)), None)
-    if override is not None:
-        rank, reason = min(override, layer.full_rank), "given"
-    else:
-        rank = max(options.rule.rank(evidence), round(options.floor * layer.full_rank), 1)
-        reason = str(options.rule)
-        rank = _rounded(rank, options.rank_multiple, layer.break_even_rank)
+    rank, reason = _allowed(layer, options, options.rule.rank(evidence))
     if rank > layer.break_even_rank:
         return None, f"would not shrink: rank {rank}, break-even {layer.break_even_rank}"
     return rank, reason
+
+
+def _allowed(layer: Layer, options: PlanOptions, rank: int) -> tuple[int, str]:
+    """(rank, what chose it): the rule's `rank` within the limits of `options`, or the one that they give instead."""
+    override = next((given for pattern, given in options.layer_ranks if matches(pattern, layer.name)), None)
+    if override is not None:
+        return min(override, layer.full_rank), "given"
+    rank = max(rank, round(options.floor * layer.full_rank), 1)
+    return _rounded(rank, options.rank_multiple, layer.break_even_rank), str(options.rule)
 
 
 def _rounded(rank: int, multiple: int, break_even: int) -> int:

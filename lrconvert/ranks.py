@@ -110,8 +110,12 @@ def closed_form_xi(layer: Layer) -> float:
 
 def measured_xi(layer: Layer, at_initialisation: Spectrum) -> float:
     """ξ from the same layer's weight at initialisation (Cuttlefish section 3.3); the closed form for a zero weight."""
-    stable = float(at_initialisation.stable_rank().mean())
-    return layer.full_rank / stable if stable else closed_form_xi(layer)
+    return xi_from(layer, float(at_initialisation.stable_rank().mean()))
+
+
+def xi_from(layer: Layer, stable_rank: float) -> float:
+    """ξ from the stable rank at initialisation, the mean over groups; the closed form for a zero weight."""
+    return layer.full_rank / stable_rank if stable_rank else closed_form_xi(layer)
 
 
 def _rule(
@@ -160,6 +164,11 @@ def _energy(evidence: Evidence, e: float) -> int:
 def _rank_ratio(evidence: Evidence, rho: float) -> int:
     # 1e-9: 0.29 · 100 is 28.999… in binary.
     return int(rho * evidence.layer.full_rank + 1e-9)
+
+
+@_rule("rounded_ratio", "rank / full rank to the nearest whole rank, as SI&FD takes it", None, 0, 1)
+def _rounded_ratio(evidence: Evidence, rho: float) -> int:
+    return round(rho * evidence.layer.full_rank)
 
 
 @_rule("rank", "the same rank in every layer", None, 0, 2**31, whole=True)

@@ -18,7 +18,7 @@ from lrconvert.errors import WeightError
 LinAlgErrors: tuple[type[Exception], ...] = (torch.linalg.LinAlgError, np.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 # Up to this full rank float64 costs next to nothing.
-_ALWAYS_DOUBLE = 128
+ALWAYS_DOUBLE = 128
 # Eigenvalues of a float32 product are off by at most about this times the largest: 9e-8 was the most seen over spectra
 # from flat to σ_i ∝ i⁻⁴ and shapes from 130×4000 to 200×200000.
 _PRODUCT_NOISE = 2e-7
@@ -29,7 +29,7 @@ _VECTOR_NOISE = 2e-9
 _VALUE_TOLERANCE = 1e-4
 _ERROR_TOLERANCE = 1e-4
 # ‖W‖² in this range: float32 squares neither over- nor underflow.
-_SAFE_ENERGY = (1e-20, 1e30)
+SAFE_ENERGY = (1e-20, 1e30)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def spectrum_of(matrices: Tensor, name: str) -> Spectrum:
     Raises:
         WeightError: a value is NaN or infinite; `name` is the layer named in the message.
     """
-    wide = _wide(matrices)
-    spectrum = _spectrum_from(_gram(wide, torch.float32)) if _may_be_single(wide) else None
+    wide = widened(matrices)
+    spectrum = _spectrum_from(gram_of(wide, torch.float32)) if _may_be_single(wide) else None
     if spectrum is not None:
         # σ = √λ, so noise δ in λ moves σ by δ/(2σ): too much where σ is small.
         smallest = spectrum.values[:, -1] / spectrum.values[:, 0]
@@ -100,7 +100,7 @@ def spectrum_of(matrices: Tensor, name: str) -> Spectrum:
             return spectrum
     energy = finite_energy(matrices, name)
     try:
-        values = _roots(_eigenvalues(_gram(wide, torch.float64)))
+        values = _roots(eigenvalues(gram_of(wide, torch.float64)))
     except LinAlgErrors:
         values = torch.linalg.svdvals(wide.double())
     return Spectrum(values.cpu(), energy.cpu())
@@ -122,12 +122,12 @@ def factors_of(matrices: Tensor, rank: int, name: str, expected_error: float | N
     product is the weight itself.
     """
     energy = finite_energy(matrices, name)
-    wide = _wide(matrices)
+    wide = widened(matrices)
     pair = None
     # The truncation error is √lost, so noise δ in what is lost moves it by δ/(2·lost) of itself.
     least_lost = wide.shape[1] * _VECTOR_NOISE / (2 * _ERROR_TOLERANCE)
     promising = expected_error is None or expected_error**2 >= least_lost
-    if promising and _may_be_single(wide) and bool(((energy > _SAFE_ENERGY[0]) & (energy < _SAFE_ENERGY[1])).all()):
+    if promising and _may_be_single(wide) and bool(((energy > SAFE_ENERGY[0]) & (energy < SAFE_ENERGY[1])).all()):
         pair = _basis_and_projection(wide, rank, torch.float32, name)
         if not bool((energy - _energy(pair[1]) >= least_lost * energy).all()):
             pair = None
@@ -175,7 +175,7 @@ def _energy(matrices: Tensor) -> Tensor:
     return torch.stack(parts).square().sum(dim=0)
 
 
-def _wide(matrices: Tensor) -> Tensor:
+def widened(matrices: Tensor) -> Tensor:
     """(groups, small, large) in float32, or float64 if it was: eigenvectors of the first side are the short ones."""
     if matrices.dtype not in (torch.float32, torch.float64):
         matrices = matrices.float()
@@ -184,10 +184,10 @@ def _wide(matrices: Tensor) -> Tensor:
 
 def _may_be_single(wide: Tensor) -> bool:
     """Whether a float32 product is worth trying."""
-    return wide.shape[1] > _ALWAYS_DOUBLE and wide.dtype == torch.float32
+    return wide.shape[1] > ALWAYS_DOUBLE and wide.dtype == torch.float32
 
 
-def _gram(wide: Tensor, dtype: torch.dtype) -> Tensor:
+def gram_of(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """wide·wideᵀ (groups, small, small) in `dtype`.
 
     On the CPU numpy computes it: for a matrix times its own transpose numpy calls BLAS's syrk, which does half the
@@ -208,7 +208,7 @@ def _gram(wide: Tensor, dtype: torch.dtype) -> Tensor:
     return gram
 
 
-def _eigenvalues(gram: Tensor) -> Tensor:
+def eigenvalues(gram: Tensor) -> Tensor:
     """Eigenvalues (groups, small) in float64, descending; numpy's LAPACK on the CPU, as for the product."""
     gram = gram.double()
     values = torch.from_numpy(np.linalg.eigvalsh(gram.numpy())) if gram.is_cpu else torch.linalg.eigvalsh(gram)
@@ -230,10 +230,10 @@ def _roots(eigenvalues: Tensor) -> Tensor:
 def _spectrum_from(gram: Tensor) -> Spectrum | None:
     """The spectrum that a float32 Gram matrix holds; None where its squares are not finite, or too small or large."""
     energy = gram.diagonal(dim1=1, dim2=2).double().sum(dim=1)
-    if not bool(((energy > _SAFE_ENERGY[0]) & (energy < _SAFE_ENERGY[1])).all()):
+    if not bool(((energy > SAFE_ENERGY[0]) & (energy < SAFE_ENERGY[1])).all()):
         return None
     try:
-        return Spectrum(_roots(_eigenvalues(gram)).cpu(), energy.cpu())
+        return Spectrum(_roots(eigenvalues(gram)).cpu(), energy.cpu())
     except LinAlgErrors:
         return None
 
@@ -241,7 +241,7 @@ def _spectrum_from(gram: Tensor) -> Spectrum | None:
 def _basis_and_projection(wide: Tensor, rank: int, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
     """The leading eigenvectors (groups, small, rank) and the weight projected on them (groups, rank, large)."""
     try:
-        basis = _eigenvectors(_gram(wide, dtype))[:, :, -rank:].flip(2)
+        basis = _eigenvectors(gram_of(wide, dtype))[:, :, -rank:].flip(2)
     except LinAlgErrors:
         try:
             basis = torch.linalg.svd(wide.double(), full_matrices=False).U[:, :, :rank]

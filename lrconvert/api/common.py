@@ -1,15 +1,12 @@
 """What several verbs share."""
 
-from collections.abc import Mapping
-
 import torch
 
 from lrconvert.checkpoints import WRITTEN_BY, Header
 from lrconvert.errors import UsageError
 from lrconvert.inputs import shape_of
 from lrconvert.network import Network
-from lrconvert.plan import Plan, PlanOptions
-from lrconvert.ranks import parse_rule
+from lrconvert.plan import Plan
 
 
 def resolve_device(name: str) -> torch.device:
@@ -27,36 +24,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device
-
-
-def plan_options(
-    rule: str = "auto",
-    *,
-    keep_first: int | None = None,
-    keep_last: bool = True,
-    include: tuple[str, ...] = (),
-    exclude: tuple[str, ...] = (),
-    floor: float = 0.0,
-    rank_multiple: int = 1,
-    layer_ranks: Mapping[str, int] | None = None,
-    splits: Mapping[str, int] | None = None,
-    include_embeddings: bool = False,
-    extra_norm: bool = False,
-) -> PlanOptions:
-    """Plan options from a rule's text ("energy=0.9") and the settings of `PlanOptions`."""
-    return PlanOptions(
-        parse_rule(rule),
-        keep_first,
-        keep_last,
-        tuple(include),
-        tuple(exclude),
-        floor,
-        rank_multiple,
-        tuple((layer_ranks or {}).items()),
-        tuple((splits or {}).items()),
-        include_embeddings,
-        extra_norm,
-    )
 
 
 def header_for(network: Network, plan: Plan | None) -> Header:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from lrconvert.analysis import Analysis, Progress, analyze_layers
-from lrconvert.api.common import header_for, plan_options, resolve_device
+from lrconvert.api.common import header_for, resolve_device
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from lrconvert.checkpoints.folder import left_behind
 from lrconvert.errors import NothingToCompressError, PlanError, UsageError
@@ -18,10 +17,11 @@ from lrconvert.factorization import factorizing
 from lrconvert.hf.mark import mark
 from lrconvert.inputs import shape_of
 from lrconvert.network import Network, Source, open_network, refuse_quantized
+from lrconvert.plan import Plan, check_plan
+from lrconvert.planning import candidates_of, plan_options, refuse_factorized
 from lrconvert.report.decisions import layer_decisions
-from lrconvert.plan import Plan, check_plan, decide, reasons_to_stay_dense, split, with_norms
 from lrconvert.report.record import FactorizeRecord
-from lrconvert.surgery import check_fits, factorize_module, merge_module, plan_of
+from lrconvert.surgery import check_fits, factorize_module, merge_module
 from lrconvert.tensors import shapes_of
 
 if TYPE_CHECKING:
@@ -83,17 +83,9 @@ def make_plan(
         extra_norm=extra_norm,
     )
     network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
-    _refuse_factorized(network)
-    refuse_quantized(network, include, exclude)
-    if extra_norm and network.checkpoint is not None and network.checkpoint.graph is not None:
-        raise UsageError(f"{network.name} is a graph, and an extra BatchNorm is for training: factorize the model")
-    network = replace(network, layers=split(network.layers, options.splits))
-    if extra_norm:
-        network = replace(network, layers=with_norms(network.layers))
-    reasons = reasons_to_stay_dense(network.layers, options)
-    candidates = [layer for layer in network.layers if layer.name not in reasons]
+    candidates = candidates_of(network, options)
     if isinstance(source, Analysis):
-        missing = [layer.name for layer in candidates if layer.name not in source.spectra]
+        missing = [layer.name for layer in candidates.layers if layer.name not in source.spectra]
         if missing:
             raise UsageError(f"the analysis left {missing[0]} out; analyze without include and exclude")
         if options.splits:
@@ -101,11 +93,9 @@ def make_plan(
         analysis = source
     else:
         initial = open_network(init) if init is not None else None
-        analysis = analyze_layers(network, candidates, initial, resolve_device(device), progress)
-    # A layer named with --include is factorized even where its kind was a guess: the user settled it.
-    layers = [replace(layer, dense_reason="") if layer in candidates else layer for layer in network.layers]
-    xi = {layer.name: analysis.xi(layer) for layer in candidates}
-    return decide(layers, analysis.spectra, options, network.order, xi)
+        where = resolve_device(device)
+        analysis = analyze_layers(candidates.network, candidates.layers, initial, where, progress)
+    return candidates.plan(analysis.spectra, {layer.name: analysis.xi(layer) for layer in candidates.layers})
 
 
 @overload
@@ -154,7 +144,7 @@ def factorize(
     where = resolve_device(device)
     network = open_network(source, model, model_args, input_shape)
     graph = network.checkpoint.graph if network.checkpoint else None
-    _refuse_factorized(network)
+    refuse_factorized(network)
     if isinstance(source, nn.Module):
         if output is not None or dry_run:
             raise UsageError("a live model is factorized in place: no output, no dry run; lrconvert.save writes it")
@@ -228,16 +218,6 @@ def merge(model: nn.Module) -> nn.Module:
         The model; a new object only when the model is itself one low-rank layer.
     """
     return mark(merge_module(model))
-
-
-def _refuse_factorized(network: Network) -> None:
-    header = network.checkpoint.header if network.checkpoint else None
-    in_file = header is not None and header.plan is not None and bool(header.plan.low_rank)
-    if in_file or (network.module is not None and plan_of(network.module).low_rank):
-        raise PlanError(
-            f"{network.name} is factorized already; start from the dense network, or multiply it out first: "
-            "lrconvert export --format dense for a file, lrconvert.merge for a model"
-        )
 
 
 def _with_errors(plan: Plan, network: Network, device: torch.device, progress: Progress | None) -> Plan:

@@ -1,0 +1,111 @@
+"""From a network to its plan: which layers may be factorized, and then, from their spectra, which are.
+
+The one path to a plan, for `make_plan` and for the training schedules alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lrconvert.errors import PlanError, UsageError
+from lrconvert.layers import LAYOUTS, Layer
+from lrconvert.network import Network, refuse_quantized
+from lrconvert.plan import Plan, PlanOptions, can_shrink, decide, reasons_to_stay_dense, split, with_norms
+from lrconvert.ranks import parse_rule
+from lrconvert.spectrum import Spectrum
+from lrconvert.surgery import plan_of
+
+
+def plan_options(
+    rule: str = "auto",
+    *,
+    keep_first: int | None = None,
+    keep_last: bool = True,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    floor: float = 0.0,
+    rank_multiple: int = 1,
+    layer_ranks: Mapping[str, int] | None = None,
+    splits: Mapping[str, int] | None = None,
+    include_embeddings: bool = False,
+    extra_norm: bool = False,
+) -> PlanOptions:
+    """Plan options from a rule's text ("energy=0.9") and the settings of `PlanOptions`."""
+    return PlanOptions(
+        parse_rule(rule),
+        keep_first,
+        keep_last,
+        tuple(include),
+        tuple(exclude),
+        floor,
+        rank_multiple,
+        tuple((layer_ranks or {}).items()),
+        tuple((splits or {}).items()),
+        include_embeddings,
+        extra_norm,
+    )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The layers of a network that may become low rank, before their spectra are known.
+
+    Attributes:
+        network: the network, its layers split as the options ask.
+        options: what was asked for.
+        layers: the candidates, in the network's order.
+    """
+
+    network: Network
+    options: PlanOptions
+    layers: tuple[Layer, ...]
+
+    @property
+    def shrinkable(self) -> tuple[Layer, ...]:
+        """The candidates that get smaller at some rank that the options allow: those a rule can factorize."""
+        return tuple(layer for layer in self.layers if can_shrink(layer, self.options))
+
+    @property
+    def keep_first(self) -> int:
+        """K, the leading layers that stay dense: as asked, or what the default comes to in this network."""
+        if self.options.keep_first is not None:
+            return self.options.keep_first
+        first = next((layer for layer in self.network.layers if layer.kind in LAYOUTS), None)
+        return 0 if first in self.layers else 1
+
+    def plan(self, spectra: Mapping[str, Spectrum], xi: Mapping[str, float]) -> Plan:
+        """The plan that follows from the candidates' spectra and ξ, by layer name."""
+        names = {layer.name for layer in self.layers}
+        # A layer named with --include is factorized even where its kind was a guess: the user settled it.
+        layers = [replace(layer, dense_reason="") if layer.name in names else layer for layer in self.network.layers]
+        return decide(layers, spectra, self.options, self.network.order, xi)
+
+
+def candidates_of(network: Network, options: PlanOptions) -> Candidates:
+    """The layers of `network` that `options` let become low rank.
+
+    Raises:
+        PlanError: the network is factorized already.
+        CheckpointError: layers that the patterns choose are stored quantized.
+        PatternError: a pattern matches no layer.
+        UsageError: BatchNorms were asked for in a graph.
+    """
+    refuse_factorized(network)
+    refuse_quantized(network, options.include, options.exclude)
+    if options.extra_norm and network.checkpoint is not None and network.checkpoint.graph is not None:
+        raise UsageError(f"{network.name} is a graph, and an extra BatchNorm is for training: factorize the model")
+    network = replace(network, layers=split(network.layers, options.splits))
+    if options.extra_norm:
+        network = replace(network, layers=with_norms(network.layers))
+    reasons = reasons_to_stay_dense(network.layers, options)
+    return Candidates(network, options, tuple(layer for layer in network.layers if layer.name not in reasons))
+
+
+def refuse_factorized(network: Network) -> None:
+    """Raise PlanError when `network` has low-rank layers."""
+    header = network.checkpoint.header if network.checkpoint else None
+    in_file = header is not None and header.plan is not None and bool(header.plan.low_rank)
+    if in_file or (network.module is not None and plan_of(network.module).low_rank):
+        raise PlanError(
+            f"{network.name} is factorized already; start from the dense network, or multiply it out first: "
+            "lrconvert export --format dense for a file, lrconvert.merge for a model"
+        )
