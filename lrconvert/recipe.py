@@ -291,9 +291,9 @@ def _merged(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in over.items():
         before = below.get(key)
-        same = isinstance(before, dict) and isinstance(value, dict)
-        same = same and value.get("method", before.get("method")) == before.get("method")  # type: ignore[union-attr]
-        merged[key] = _merged(before, value) if same else value
+        if isinstance(before, dict) and isinstance(value, dict) and value.get("method") in (None, before.get("method")):
+            value = _merged(before, value)
+        merged[key] = value
     return merged
 
 
@@ -302,7 +302,7 @@ def _set(fields: dict[str, Any], path: list[str], value: Any, text: str) -> None
         inner = fields.get(key) or {}
         if not isinstance(inner, dict):
             raise UsageError(f"{text}: {key} has no fields")
-        fields[key] = fields = dict(inner)  # type: ignore[assignment]
+        fields[key] = fields = dict(inner)
     fields[path[-1]] = value
 
 

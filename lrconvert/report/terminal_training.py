@@ -78,8 +78,6 @@ def render_evaluate(record: records.EvaluateRecord, console: Console, wide: bool
     rows.add_row("MACs", count(record.macs))
     rows.add_row(f"accuracy, {record.images:,} {record.split} images", f"{record.accuracy:.2%}")
     rows.add_row("loss", f"{record.loss:.4f}")
-    rows.add_row(
-        f"latency, batch of {record.batch_size} on {record.device}",
-        f"{record.latency_ms:.2f} ms ({record.latency_low_ms:.2f}–{record.latency_high_ms:.2f}, n {record.latency_runs})",
-    )
+    spread = f"{record.latency_low_ms:.2f}–{record.latency_high_ms:.2f}, n {record.latency_runs}"
+    rows.add_row(f"latency, batch of {record.batch_size} on {record.device}", f"{record.latency_ms:.2f} ms ({spread})")
     console.print(rows)

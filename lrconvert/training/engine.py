@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lrconvert.errors import LrconvertError
+from lrconvert.errors import LrconvertError, UsageError
 from lrconvert.recipe import Recipe
 from lrconvert.report.record import EpochMetrics, TrafficFigures
 from lrconvert.training.communication import Traffic, compress
@@ -21,10 +21,10 @@ from lrconvert.training.evaluation import evaluate_model, placed, split_loader
 from lrconvert.training.events import Listener
 from lrconvert.training.frobenius import FrobeniusDecay, factor_parameters
 from lrconvert.training.learning_rate import LearningRate
-from lrconvert.training.losses import DistillationLoss, make_loss
-from lrconvert.training.mixing import make_mixer
+from lrconvert.training.losses import DistillationLoss
+from lrconvert.training.mixing import Mixer
 from lrconvert.training.optimizers import make_optimizer
-from lrconvert.training.processes import same_buffers, seed_step
+from lrconvert.training.processes import gathered, same_buffers, seed_step
 from lrconvert.training.schedules import LowRankSchedule
 
 Phase = Literal["full-rank", "low-rank"]
@@ -43,7 +43,7 @@ class Progress:
         train_seconds: of the epoch so far.
         best_accuracy, best_epoch: on the validation images, in the current phase.
         history: finished epochs.
-        traffic: of phases between processes.
+        traffic: by phase, what was sent between processes, as `TrafficFigures`; of finished phases.
     """
 
     epoch: int = 0
@@ -55,6 +55,7 @@ class Progress:
     best_accuracy: float = -1.0
     best_epoch: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)
+    traffic: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Engine:
@@ -88,11 +89,11 @@ class Engine:
         self.teacher = teacher
         self.learning_rate = LearningRate(recipe)
         self.progress = Progress()
-        self.traffic: dict[Phase, Traffic] = {}
+        self.traffic: Traffic | None = None
         self.loader = split_loader(dataset.train, recipe, accelerator)
-        self._loss = make_loss(recipe.smoothing)
+        self._loss = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
         self._distill = DistillationLoss(recipe.distill_temperature, recipe.distill_weight) if teacher else None
-        self._mixer = make_mixer(dataset.num_classes, recipe.mixup, recipe.cutmix, recipe.mixup_switch_prob)
+        self._mixer = Mixer(dataset.num_classes, recipe.mixup, recipe.cutmix, recipe.mixup_switch_prob)
         self.rebuild()
 
     @property
@@ -123,10 +124,13 @@ class Engine:
         """The model inside DDP, its gradients compressed as this phase has it."""
         on_gpu = self.accelerator.device.type == "cuda"
         ddp = DistributedDataParallel(self.model, device_ids=[self.accelerator.device.index] if on_gpu else None)
-        wanted, phase = self.recipe.compression, self.schedule.phase
-        method = wanted.method if wanted.phase in (phase, "both") else "none"
-        self.traffic[phase] = compress(ddp, method, rank=wanted.rank, start_step=wanted.start_step)
+        wanted = self.recipe.compression
+        self.traffic = compress(ddp, self._compression(), rank=wanted.rank, start_step=wanted.start_step)
         return ddp
+
+    def _compression(self) -> Literal["none", "powersgd", "signum"]:
+        wanted = self.recipe.compression
+        return wanted.method if wanted.phase in (self.schedule.phase, "both") else "none"
 
     def train_epoch(self, every: int | None = None, save: Callable[[], None] | None = None) -> EpochMetrics:
         """Train one epoch, or what is left of it, evaluate, and switch to low rank if it is time.
@@ -151,7 +155,7 @@ class Engine:
         validation = self.evaluate(self.dataset.validation)
         evaluated = time.perf_counter()
         self.learning_rate.epoch_ended(validation[1])
-        phase, tracked = schedule.phase, schedule.tracking_seconds
+        phase, tracked, figures = schedule.phase, schedule.tracking_seconds, self.traffic_figures()
         switched = schedule.step(epoch)
         metrics = EpochMetrics(
             epoch=epoch,
@@ -171,6 +175,7 @@ class Engine:
             self.learning_rate.switched(epoch + 1)
             # What the dense network reached is no yardstick for the one that is kept.
             progress.best_accuracy = -1.0
+            progress.traffic = [each.model_dump() for each in figures]
             self.rebuild()
         progress.history.append(metrics.model_dump())
         progress.epoch, progress.step = epoch + 1, 0
@@ -235,7 +240,7 @@ class Engine:
             labels.to(self.accelerator.device, non_blocking=True),
         )
         targets = labels
-        if self._mixer is not None:
+        if self._mixer:
             images, targets = self._mixer(images, labels)
         with self.accelerator.autocast():
             logits = self._run(images)
@@ -276,21 +281,24 @@ class Engine:
         )
 
     def traffic_figures(self) -> tuple[TrafficFigures, ...]:
-        """What each phase sent between processes."""
-        wanted = self.recipe.compression
-        return tuple(
-            TrafficFigures(
-                phase=phase,
-                method=wanted.method if wanted.phase in (phase, "both") else "none",
-                steps=traffic.steps,
-                bytes_per_step=traffic.bytes_per_step,
-                uncompressed_bytes_per_step=traffic.bytes_dense / max(traffic.steps, 1),
-            )
-            for phase, traffic in self.traffic.items()
+        """What each phase so far sent between processes."""
+        before = tuple(TrafficFigures(**each) for each in self.progress.traffic)
+        if self.traffic is None or not self.traffic.steps:
+            return before
+        now = TrafficFigures(
+            phase=self.schedule.phase,
+            method=self._compression(),
+            steps=self.traffic.steps,
+            bytes_per_step=self.traffic.bytes_per_step,
+            uncompressed_bytes_per_step=self.traffic.bytes_dense / self.traffic.steps,
         )
+        return (*before, now)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the run needs to go on exactly as if it had never stopped: tensors and plain data."""
+        """All that the run needs to go on exactly as if it had never stopped: tensors and plain data.
+
+        To be called by every process: what each has of its own goes to the first one.
+        """
         scaler = self.accelerator.scaler
         return {
             "progress": dict(vars(self.progress)),
@@ -300,13 +308,12 @@ class Engine:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "traffic": {phase: traffic.state_dict() for phase, traffic in self.traffic.items()},
+            "traffic": gathered(None if self.traffic is None else self.traffic.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, whatever the phase it was in."""
+        """Go on from `state`; `schedule` is in the phase that the state is of already."""
         self.progress = Progress(**state["progress"])
-        self.schedule.load_state_dict(state["schedule"])
         self.learning_rate.load_state_dict(state["learning_rate"])
         self.model.load_state_dict(state["model"])
         self.rebuild()
@@ -315,7 +322,10 @@ class Engine:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        for phase, traffic in state["traffic"].items():
-            if phase not in self.traffic:
-                self.traffic[phase] = Traffic()
-            self.traffic[phase].load_state_dict(traffic)
+        if self.traffic is not None:
+            if len(state["traffic"]) != self.accelerator.num_processes:
+                raise UsageError(
+                    f"this run had {len(state['traffic'])} processes and now has {self.accelerator.num_processes}: "
+                    "resume it with as many"
+                )
+            self.traffic.load_state_dict(state["traffic"][self.accelerator.process_index])

@@ -4,6 +4,7 @@ import contextlib
 import random
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,15 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
+
+
+def gathered(mine: Any) -> list[Any]:
+    """Every process's `mine`, in the first process; elsewhere a list of nothing."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.gather_object(mine, everyone if torch.distributed.get_rank() == 0 else None)
+    return everyone
 
 
 def same_buffers(model: nn.Module) -> None:

@@ -103,7 +103,13 @@ class Run:
             teacher.to(accelerator.device).requires_grad_(False)
         state = read_state(folder / STATE) if (folder / STATE).exists() else None
         self.seconds_before = state["seconds"] if state else 0.0
-        schedule = make_schedule(recipe, model, self.dataset, accelerator, resume=state is not None)
+        schedule = make_schedule(
+            recipe,
+            model,
+            self.dataset.input_shape,
+            accelerator.num_processes,
+            state["engine"]["schedule"] if state else None,
+        )
         self.engine = Engine(recipe, schedule, self.dataset, accelerator, listener, teacher)
         if state is not None:
             self.engine.load_state_dict(state["engine"])
@@ -130,6 +136,7 @@ class Run:
             ) from None
         finally:
             self.listener.end()
+        self.schedule.finish()
         test = self._test()
         record = self._record(test)
         if self.accelerator.is_main_process:
@@ -169,9 +176,10 @@ class Run:
         )
 
     def _save(self) -> None:
+        engine = self.engine.state_dict()
         if self.accelerator.is_main_process:
             seconds = self.seconds_before + time.perf_counter() - self.started
-            write_state(self.folder / STATE, {"engine": self.engine.state_dict(), "seconds": seconds})
+            write_state(self.folder / STATE, {"engine": engine, "seconds": seconds})
 
     def _test(self) -> tuple[float, float] | None:
         """(loss, accuracy) of the best weights on the test images, read back from their file."""
@@ -221,7 +229,7 @@ class Run:
             tracking_share=schedule.tracking_seconds / trained if trained and schedule.curves is not None else None,
             traffic=engine.traffic_figures(),
             notes=(*self.dataset.notes, *schedule.notes),
-            curves={} if schedule.curves is None else {name: tuple(curve) for name, curve in schedule.curves.items()},
+            curves={name: tuple(curve) for name, curve in schedule.curves.ranks.items()} if schedule.curves else {},
             layers=layer_decisions(schedule.plan, self.trace) if schedule.plan is not None else (),
             history=history,
         )
