@@ -23,6 +23,7 @@ FLOORS = [
     {"hf"},
     {"network"},
     {"analysis", "exporters", "report"},
+    {"training"},
     {"api"},
     {"cli"},
 ]

@@ -1,0 +1,1 @@
+"""Training low-rank networks from the start."""
