@@ -112,13 +112,13 @@ class Compression(Settings):
     """How gradients are compressed between processes.
 
     Attributes:
-        method: "none", "powersgd" (Vogels et al. 2019) or "signum" (Bernstein et al. 2018).
+        method: "none" or "powersgd" (Vogels et al. 2019); for signs of gradients choose `opt: signum`.
         rank: of PowerSGD's approximation of a gradient matrix.
         start_step: PowerSGD: steps of plain averaging first.
         phase: in which phase of the run.
     """
 
-    method: Literal["none", "powersgd", "signum"] = "none"
+    method: Literal["none", "powersgd"] = "none"
     rank: Count = 2
     start_step: Annotated[int, Field(ge=0)] = 10
     phase: Literal["full-rank", "low-rank", "both"] = "both"
@@ -145,7 +145,7 @@ class Recipe(Settings):
         epochs: of the whole run.
         batch_size: images an optimizer step, over all processes and accumulated batches together.
         grad_accum_steps: batches that a step is made of.
-        opt: "sgd", "adamw" or "signum".
+        opt: "sgd", "adamw" or "signum" (Bernstein et al. 2018; several processes vote on each sign).
         lr, momentum, nesterov, betas, weight_decay: of the optimizer; weights of one dimension are never decayed.
         sched: "constant", "multistep", "cosine" or "plateau".
         warmup_epochs, warmup_lr: linear warm-up, and the learning rate it begins at.
