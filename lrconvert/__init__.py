@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from lrconvert.errors import LrconvertError
     from lrconvert.inputs import Input
     from lrconvert.plan import LayerPlan, Plan, load_plan
+    from lrconvert.training.schedules import SIFD, Cuttlefish, Dense, Pufferfish, StabilityCriterion
 
 __all__ = [
+    "SIFD",
+    "Cuttlefish",
+    "Dense",
     "Input",
     "LayerPlan",
     "LrconvertError",
     "Plan",
+    "Pufferfish",
+    "StabilityCriterion",
     "analyze",
     "compare",
     "export",
@@ -42,10 +48,15 @@ __all__ = [
 ]
 
 _HOME = {
+    "Cuttlefish": "training.schedules",
+    "Dense": "training.schedules",
     "Input": "inputs",
     "LayerPlan": "plan",
     "LrconvertError": "errors",
     "Plan": "plan",
+    "Pufferfish": "training.schedules",
+    "SIFD": "training.schedules",
+    "StabilityCriterion": "training.schedules",
     "analyze": "api.analyze",
     "compare": "api.compare",
     "export": "api.export",

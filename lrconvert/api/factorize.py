@@ -12,7 +12,7 @@ from lrconvert.analysis import Analysis, Progress, analyze_layers
 from lrconvert.api.common import header_for, layer_decisions, resolve_device
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from lrconvert.checkpoints.folder import left_behind
-from lrconvert.errors import NothingToCompressError, PlanError, UsageError
+from lrconvert.errors import NothingToCompressError, UsageError
 from lrconvert.factorization import factorizing
 from lrconvert.hf.mark import mark
 from lrconvert.inputs import shape_of
