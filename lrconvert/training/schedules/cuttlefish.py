@@ -168,7 +168,8 @@ class Cuttlefish(LowRankSchedule):
             return True
         if self.max_full_rank_epochs is None or epochs < self.max_full_rank_epochs:
             return False
-        self._say(f"{_unsettled(self.curves)}: switched at max_full_rank_epochs, {self.max_full_rank_epochs}")
+        if epochs == self.max_full_rank_epochs:
+            self._say(f"{_unsettled(self.curves)}: switched all the same, at max_full_rank_epochs")
         return True
 
     def _xi(self, candidates: Candidates) -> dict[str, float]:
