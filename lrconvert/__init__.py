@@ -23,12 +23,18 @@ if TYPE_CHECKING:
     from lrconvert.inputs import Input
     from lrconvert.loading import load, save
     from lrconvert.plan import LayerPlan, Plan, load_plan
+    from lrconvert.training.schedules import SIFD, Cuttlefish, Dense, Pufferfish, StabilityCriterion
 
 __all__ = [
+    "SIFD",
+    "Cuttlefish",
+    "Dense",
     "Input",
     "LayerPlan",
     "LrconvertError",
     "Plan",
+    "Pufferfish",
+    "StabilityCriterion",
     "analyze",
     "compare",
     "evaluate",
@@ -46,10 +52,15 @@ __all__ = [
 ]
 
 _HOME = {
+    "Cuttlefish": "training.schedules",
+    "Dense": "training.schedules",
     "Input": "inputs",
     "LayerPlan": "plan",
     "LrconvertError": "errors",
     "Plan": "plan",
+    "Pufferfish": "training.schedules",
+    "SIFD": "training.schedules",
+    "StabilityCriterion": "training.schedules",
     "analyze": "api.analyze",
     "compare": "api.compare",
     "evaluate": "api.train",

@@ -6,7 +6,7 @@ products included; additions of biases, normalisation, activations and pooling a
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,27 +48,29 @@ def countable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def trace(model: nn.Module, inputs: Inputs) -> Trace:
-    """Run `model` once on the meta device, where nothing is computed, and count.
+# Called with a module, its positional and named arguments, and what it returned.
+Observer = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+def observe(model: nn.Module, inputs: Inputs, batch: int, modules: Iterable[nn.Module], observer: Observer) -> int:
+    """Run `model` once on the meta device, where nothing is computed, and show `observer` every call of `modules`.
 
     Args:
         model: on any device, which it keeps; run in eval mode, and the mode it had is restored.
         inputs: what it is called with.
+        batch: examples in that call.
+        modules: parts of `model` whose calls matter.
+        observer: what is called after each of theirs.
+
+    Returns:
+        Multiply-accumulates of the whole pass.
 
     Raises:
         Exception: whatever the model's forward raises on the meta device.
     """
-    arguments, named = examples(inputs, 1, torch.get_default_dtype(), "meta")
+    arguments, named = examples(inputs, batch, torch.get_default_dtype(), "meta")
     state = {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    positions: dict[str, int] = {}
-    names = {module: name for name, module in model.named_modules() if family_of(module)}
-    names |= {module: name for name, module in low_rank_modules(model)}
-
-    def record(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        name = names[module]
-        positions[name] = positions.get(name, 0) + _positions(module, arguments, output)
-
-    hooks = [module.register_forward_hook(record) for module in names]
+    hooks = [module.register_forward_hook(observer, with_kwargs=True) for module in modules]
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -79,7 +81,21 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    return Trace(positions, counter.get_total_flops() // 2)
+    return counter.get_total_flops() // 2
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Trace:
+    """What one call of `model` with one example shows; see `observe`."""
+    positions: dict[str, int] = {}
+    names = {module: name for name, module in model.named_modules() if family_of(module)}
+    names |= {module: name for name, module in low_rank_modules(model)}
+
+    def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        name = names[module]
+        positions[name] = positions.get(name, 0) + _positions(module, arguments, output)
+
+    macs = observe(model, inputs, 1, names, record)
+    return Trace(positions, macs)
 
 
 def _positions(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> int:

@@ -258,12 +258,22 @@ def _own_reason(layer: Layer, options: PlanOptions) -> str:
     return ""
 
 
+def counts(layer: Layer) -> bool:
+    """Whether `layer` is one of those that `keep_first` counts, be it factorized or not."""
+    return layer.kind in LAYOUTS and layer.kind != "embedding"
+
+
+def units(layers: Sequence[Layer]) -> list[str]:
+    """What `keep_first` counts in a network of `layers`, in order: `Layer.unit` of each that counts, once."""
+    return list(dict.fromkeys(layer.unit for layer in layers if counts(layer)))
+
+
 def _ends(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
     """By layer name, why the first and the last layers stay dense, but for those that are included by name."""
-    counted = [layer for layer in layers if layer.kind in LAYOUTS and layer.kind != "embedding"]
+    counted = [layer for layer in layers if counts(layer)]
     keep_first = 1 if options.keep_first is None else options.keep_first
     first = "first layer" if keep_first == 1 else f"first {keep_first} layers"
-    leading = list(dict.fromkeys(layer.unit for layer in counted))[:keep_first]
+    leading = units(layers)[:keep_first]
     ends = {layer.name: first for layer in counted if layer.unit in leading}
     tied_head = any(layer.tied_head for layer in layers)
     if options.keep_last and not tied_head and counted and counted[-1].kind == "linear":

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lrconvert.errors import PlanError, UsageError
-from lrconvert.layers import LAYOUTS, Layer
+from lrconvert.layers import Layer
 from lrconvert.network import Network, refuse_quantized
-from lrconvert.plan import Plan, PlanOptions, can_shrink, decide, reasons_to_stay_dense, split, with_norms
+from lrconvert.plan import Plan, PlanOptions, can_shrink, counts, decide, reasons_to_stay_dense, split, with_norms
 from lrconvert.ranks import parse_rule
 from lrconvert.spectrum import Spectrum
 from lrconvert.surgery import plan_of
@@ -69,8 +69,8 @@ class Candidates:
         """K, the leading layers that stay dense: as asked, or what the default comes to in this network."""
         if self.options.keep_first is not None:
             return self.options.keep_first
-        first = next((layer for layer in self.network.layers if layer.kind in LAYOUTS), None)
-        return 0 if first in self.layers else 1
+        leading = next((layer for layer in self.network.layers if counts(layer)), None)
+        return 0 if leading in self.layers else 1
 
     def plan(self, spectra: Mapping[str, Spectrum], xi: Mapping[str, float]) -> Plan:
         """The plan that follows from the candidates' spectra and ξ, by layer name."""

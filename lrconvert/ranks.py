@@ -166,7 +166,7 @@ def _rank_ratio(evidence: Evidence, rho: float) -> int:
     return int(rho * evidence.layer.full_rank + 1e-9)
 
 
-@_rule("rounded_ratio", "rank / full rank to the nearest whole rank, as SI&FD takes it", None, 0, 1)
+@_rule("rounded_ratio", "rank / full rank to the nearest whole rank, as SI&FD takes it", 0.25, 0, 1)
 def _rounded_ratio(evidence: Evidence, rho: float) -> int:
     return round(rho * evidence.layer.full_rank)
 

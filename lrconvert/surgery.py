@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrconvert import factorization, rewrite
 from lrconvert.errors import PlanError
@@ -58,6 +58,9 @@ def reshape(model: nn.Module, plan: Plan) -> nn.Module:
         assert family is not None
         low_rank = family.low_rank(dense, weights)
         low_rank.train(dense.training)
+        for order in (torch.channels_last, torch.channels_last_3d):
+            if any(_is_laid_out(parameter, order) for parameter in dense.parameters()):
+                low_rank.to(memory_format=order)
         for name, parameter in dense.named_parameters():
             for path in low_rank.counterparts(name):
                 low_rank.get_parameter(path).requires_grad_(parameter.requires_grad)
@@ -67,6 +70,12 @@ def reshape(model: nn.Module, plan: Plan) -> nn.Module:
             # It would hand nested tensors to its layers, for the fused path that only dense layers have.
             module.use_nested_tensor = False
     return model
+
+
+def _is_laid_out(tensor: Tensor, order: torch.memory_format) -> bool:
+    """Whether `tensor` is in this order, and in no other at the same time, as the weight of a 1×1 kernel is."""
+    dims = 4 if order == torch.channels_last else 5
+    return tensor.dim() == dims and tensor.is_contiguous(memory_format=order) and not tensor.is_contiguous()
 
 
 def factorize_module(

@@ -108,7 +108,9 @@ class Engine:
         decays = recipe.low_rank.frobenius_decay and recipe.weight_decay > 0
         self.frobenius = FrobeniusDecay(self.model, recipe.weight_decay) if decays else None
         undecayed = factor_parameters(self.model) if decays else ()
-        self.optimizer = accelerator.prepare_optimizer(make_optimizer(self.model, recipe, undecayed, accelerator.num_processes))
+        self.optimizer = accelerator.prepare_optimizer(
+            make_optimizer(self.model, recipe, undecayed, accelerator.num_processes)
+        )
         self.ema: AveragedModel | None = None
         if recipe.model_ema:
             average = get_ema_multi_avg_fn(recipe.model_ema_decay)
