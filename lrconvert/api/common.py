@@ -8,6 +8,7 @@ from lrconvert import __version__
 from lrconvert.checkpoints import Header
 from lrconvert.errors import UsageError
 from lrconvert.inputs import shape_of
+from lrconvert.layers import View
 from lrconvert.network import Network
 from lrconvert.plan import Plan, PlanOptions
 from lrconvert.ranks import parse_rule
@@ -46,6 +47,7 @@ def plan_options(
     splits: Mapping[str, int] | None = None,
     include_embeddings: bool = False,
     extra_norm: bool = False,
+    view: View = "channel",
 ) -> PlanOptions:
     """Plan options from a rule's text ("energy=0.9") and the settings of `PlanOptions`."""
     return PlanOptions(
@@ -60,6 +62,7 @@ def plan_options(
         tuple((splits or {}).items()),
         include_embeddings,
         extra_norm,
+        view,
     )
 
 
@@ -80,11 +83,11 @@ def header_for(network: Network, plan: Plan | None) -> Header:
 
 def layer_decisions(plan: Plan, network: Network | None = None) -> tuple[LayerDecision, ...]:
     """One report row for every layer of `plan`, with MACs where `network` was traced as a dense network."""
-    positions = network.trace.positions if network is not None and network.trace else {}
+    trace = network.trace if network is not None else None
     rows = []
     for decision in plan.layers:
         layer = decision.layer
-        at = positions.get(layer.owner)
+        at, halfway = (trace.positions.get(layer.owner), trace.halfway.get(layer.owner)) if trace else (None, None)
         rows.append(
             LayerDecision(
                 name=decision.name,
@@ -97,8 +100,10 @@ def layer_decisions(plan: Plan, network: Network | None = None) -> tuple[LayerDe
                 error=decision.error,
                 num_params_before=layer.num_params,
                 num_params_after=decision.num_params_after,
-                macs_before=None if at is None else at * layer.macs_per_position(),
-                macs_after=None if at is None else at * layer.macs_per_position(decision.rank),
+                macs_before=None if at is None else layer.macs(at),
+                macs_after=None if at is None else layer.macs(at, decision.rank, halfway),
+                norm=decision.norm,
+                view=decision.view,
             )
         )
     return tuple(rows)

@@ -17,8 +17,9 @@ from lrconvert.errors import NothingToCompressError, PlanError, UsageError
 from lrconvert.factorization import factorizing
 from lrconvert.hf.mark import mark
 from lrconvert.inputs import shape_of
+from lrconvert.layers import View
 from lrconvert.network import Network, Source, open_network, refuse_quantized
-from lrconvert.plan import Plan, check_plan, decide, reasons_to_stay_dense, split, with_norms
+from lrconvert.plan import Plan, check_plan, decide, in_spatial_view, reasons_to_stay_dense, split, with_norms
 from lrconvert.report.record import FactorizeRecord
 from lrconvert.surgery import check_fits, factorize_module, merge_module, plan_of
 from lrconvert.tensors import shapes_of
@@ -42,6 +43,7 @@ def make_plan(
     splits: Mapping[str, int] | None = None,
     include_embeddings: bool = False,
     extra_norm: bool = False,
+    view: View = "channel",
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -62,6 +64,8 @@ def make_plan(
         include_embeddings: factorize embeddings too.
         extra_norm: put a BatchNorm between the factors of linear layers and convolutions, to train them with
             (Cuttlefish section 4.1).
+        view: "spatial" factorizes convolutions of two dimensions into one across and one down, as SI&FD does, instead
+            of one with the whole kernel and one of kernel 1.
         model, model_args, input_shape, init, device, progress: see `analyze`.
 
     Raises:
@@ -80,31 +84,32 @@ def make_plan(
         splits=splits,
         include_embeddings=include_embeddings,
         extra_norm=extra_norm,
+        view=view,
     )
     network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
     _refuse_factorized(network)
     refuse_quantized(network, include, exclude)
-    if extra_norm and network.checkpoint is not None and network.checkpoint.graph is not None:
-        raise UsageError(f"{network.name} is a graph, and an extra BatchNorm is for training: factorize the model")
-    network = replace(network, layers=split(network.layers, options.splits))
-    if extra_norm:
-        network = replace(network, layers=with_norms(network.layers))
+    if (extra_norm or view != "channel") and network.checkpoint is not None and network.checkpoint.graph is not None:
+        raise UsageError(f"{network.name} is a graph: no extra BatchNorm and no spatial view; factorize the model")
+    layers = split(network.layers, options.splits)
+    layers = in_spatial_view(layers) if view == "spatial" else layers
+    network = replace(network, layers=with_norms(layers) if extra_norm else layers)
     reasons = reasons_to_stay_dense(network.layers, options)
     candidates = [layer for layer in network.layers if layer.name not in reasons]
     if isinstance(source, Analysis):
         missing = [layer.name for layer in candidates if layer.name not in source.spectra]
         if missing:
             raise UsageError(f"the analysis left {missing[0]} out; analyze without include and exclude")
-        if options.splits:
-            raise UsageError("splits change the matrices: make the plan from the model, not from an analysis")
+        if options.splits or view != "channel":
+            raise UsageError("splits and views change the matrices: make the plan from the model, not an analysis")
         analysis = source
     else:
         initial = open_network(init) if init is not None else None
         analysis = analyze_layers(network, candidates, initial, resolve_device(device), progress)
     # A layer named with --include is factorized even where its kind was a guess: the user settled it.
-    layers = [replace(layer, dense_reason="") if layer in candidates else layer for layer in network.layers]
+    decided = [replace(layer, dense_reason="") if layer in candidates else layer for layer in network.layers]
     xi = {layer.name: analysis.xi(layer) for layer in candidates}
-    return decide(layers, analysis.spectra, options, network.order, xi)
+    return decide(decided, analysis.spectra, options, network.order, xi)
 
 
 @overload
@@ -279,7 +284,9 @@ def _record(
 ) -> FactorizeRecord:
     rows = layer_decisions(plan, network)
     macs = network.trace.macs if network.trace else None
-    saved = sum((row.macs_before or 0) - (row.macs_after or 0) for row in rows)
+    after = None
+    if macs is not None and all(row.macs_before is None or row.macs_after is not None for row in rows):
+        after = macs - sum((row.macs_before or 0) - (row.macs_after or 0) for row in rows)
     return FactorizeRecord(
         source=network.name,
         output=str(output) if output else None,
@@ -289,7 +296,7 @@ def _record(
         num_params_before=network.num_params,
         num_params_after=network.num_params - plan.saved_params,
         macs_before=macs,
-        macs_after=None if macs is None else macs - saved,
+        macs_after=after,
         nbytes_before=network.checkpoint.nbytes if network.checkpoint else None,
         nbytes_after=open_checkpoint(output).nbytes if output else None,
         seconds=seconds if output else None,
