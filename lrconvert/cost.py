@@ -4,6 +4,7 @@ Convention for MACs: multiply-accumulates of matrix products and convolutions fo
 products included; additions of biases, normalisation, activations and pooling are not counted.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,10 +31,13 @@ class Trace:
         positions: layer name to the number of output positions its weight is applied to, in execution order; a layer
             that is called twice counts both calls. Layers that were never called are missing.
         macs: multiply-accumulates of the whole pass.
+        halfway: name of a convolution of two dimensions to its input rows × output columns, likewise summed: the
+            positions between two factors of which the first runs across and the second down.
     """
 
     positions: dict[str, int]
     macs: int
+    halfway: dict[str, int]
 
 
 @contextmanager
@@ -87,15 +91,20 @@ def observe(model: nn.Module, inputs: Inputs, batch: int, modules: Iterable[nn.M
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """What one call of `model` with one example shows; see `observe`."""
     positions: dict[str, int] = {}
+    halfway: dict[str, int] = {}
     names = {module: name for name, module in model.named_modules() if family_of(module)}
     names |= {module: name for name, module in low_rank_modules(model)}
 
     def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         name = names[module]
         positions[name] = positions.get(name, 0) + _positions(module, arguments, output)
+        if isinstance(module, nn.Conv2d) and arguments:
+            rows, columns = arguments[0].shape[-2], output.shape[-1]
+            batch = output.numel() // math.prod(output.shape[-3:])
+            halfway[name] = halfway.get(name, 0) + batch * rows * columns
 
     macs = observe(model, inputs, 1, names, record)
-    return Trace(positions, macs)
+    return Trace(positions, macs, halfway)
 
 
 def _positions(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> int:

@@ -151,9 +151,9 @@ def _added_to_bias(tensors: Mapping[str, TensorRef], layer: LayerPlan, device: t
     shift = _scale_and_shift(tensors, layer, device)[1]
     if not shift.any():
         return shift.new_zeros(1)
-    has_bias, even = layer.key("v", "bias") in tensors, layer.layer.layout.pointwise_last
-    if not (has_bias and even):
-        why = "a dense layer without a bias cannot add" if even else f"the bias of a {layer.kind} cannot stand for"
+    even = layer.layer.layout.pointwise_last
+    if not even or layer.key("v", "bias") not in tensors:
+        why = "a dense layer without a bias cannot add" if even else "a bias, the same everywhere, cannot stand for"
         raise PlanError(f"{layer.name}: {why} what the BatchNorm between its factors adds; it has to stay factorized")
     v = tensors[layer.key("v")].read().to(device).double()
     return (v.reshape(layer.groups, -1, v.shape[1]) @ shift.reshape(layer.groups, -1, 1)).flatten()

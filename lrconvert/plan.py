@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lrconvert.errors import PlanError, UsageError
-from lrconvert.layers import COMPOSITE_KINDS, LAYOUTS, Layer
+from lrconvert.errors import PlanError, UnknownNameError, UsageError
+from lrconvert.layers import COMPOSITE_KINDS, LAYOUTS, SPATIAL, Layer, View
 from lrconvert.patterns import check_patterns, first_match, matches
 from lrconvert.ranks import Evidence, Rule, closed_form_xi
 from lrconvert.spectrum import Spectrum
@@ -35,6 +35,7 @@ class LayerPlan(BaseModel):
         error: predicted ‖W − W_r‖ / ‖W‖; None for a layer that stays dense.
         evidence: "module" when a model settled the kind, "shape" when it was read from the file alone.
         norm: whether a BatchNorm stands between the factors, with the key "layer.bn.weight" and so on.
+        view: which matrix the weight is seen as, see `lrconvert.layers.Layer`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +50,7 @@ class LayerPlan(BaseModel):
     error: float | None = None
     evidence: Literal["module", "shape"] = "module"
     norm: bool = False
+    view: View = "channel"
 
     @classmethod
     def of(cls, layer: Layer, rank: int | None, reason: str = "", error: float | None = None) -> Self:
@@ -64,12 +66,22 @@ class LayerPlan(BaseModel):
             error=error,
             evidence=layer.evidence,
             norm=layer.norm and rank is not None,
+            view=layer.view,
         )
 
     @property
     def layer(self) -> Layer:
         """The layer that was decided on."""
-        return Layer(self.name, self.weight, self.kind, self.shape, self.groups, evidence=self.evidence, norm=self.norm)
+        return Layer(
+            self.name,
+            self.weight,
+            self.kind,
+            self.shape,
+            self.groups,
+            evidence=self.evidence,
+            norm=self.norm,
+            view=self.view,
+        )
 
     @property
     def num_params_after(self) -> int:
@@ -132,6 +144,8 @@ class PlanOptions:
             matrices, each factorized on its own; 1 takes them together. The first match counts.
         include_embeddings: whether embeddings, which stay dense unless named, are factorized like other layers.
         extra_norm: whether a BatchNorm stands between the factors of linear layers and convolutions.
+        view: which matrix a convolution is seen as; "spatial" for those of two dimensions, one group and a kernel
+            larger than 1×1, while all others keep the "channel" view.
     """
 
     rule: Rule
@@ -145,6 +159,7 @@ class PlanOptions:
     splits: tuple[tuple[str, int], ...] = ()
     include_embeddings: bool = False
     extra_norm: bool = False
+    view: View = "channel"
 
     def __post_init__(self) -> None:
         if self.keep_first is not None and self.keep_first < 0:
@@ -153,6 +168,8 @@ class PlanOptions:
             raise UsageError(f"--rank-multiple must be 1 or more, not {self.rank_multiple}")
         if not 0 <= self.floor <= 1:
             raise UsageError(f"--rank-floor is a share of full rank from 0 to 1, not {self.floor:g}")
+        if self.view not in get_args(View):
+            raise UnknownNameError("view", self.view, get_args(View))
         for pattern, rank in self.layer_ranks:
             if rank < 1:
                 raise UsageError(f"--layer-rank {pattern}={rank}: a rank is 1 or more")
@@ -227,6 +244,16 @@ def with_norms(layers: Sequence[Layer]) -> tuple[Layer, ...]:
 def can_norm(layer: Layer) -> bool:
     """Whether a BatchNorm may stand between the factors of `layer`: a linear layer or a convolution."""
     return layer.kind in LAYOUTS and layer.kind not in COMPOSITE_KINDS and layer.kind != "embedding"
+
+
+def in_spatial_view(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """`layers`, seen spatially where that makes another matrix."""
+    return tuple(replace(layer, view="spatial") if can_be_spatial(layer) else layer for layer in layers)
+
+
+def can_be_spatial(layer: Layer) -> bool:
+    """Whether `layer` has a spatial view of its own: two dimensions, one group, a kernel larger than 1×1."""
+    return layer.kind in SPATIAL and layer.groups == 1 and layer.shape[2:] != (1, 1)
 
 
 def reasons_to_stay_dense(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
@@ -353,6 +380,8 @@ def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if tuple(found) != layer.shape:
             raise PlanError(f"{layer.weight}: the plan says {layer.shape}, the checkpoint {tuple(found)}")
         layout = LAYOUTS.get(layer.kind)
+        if layer.view == "spatial" and not (len(layer.shape) == 4 and can_be_spatial(layer.layer)):
+            raise PlanError(f"{layer.name}: the spatial view is one of a conv2d in one group, with a kernel above 1×1")
         if layout is None:
             raise PlanError(f"{layer.name}: kind '{layer.kind}' cannot be factorized; known: {', '.join(LAYOUTS)}")
         if len(layer.shape) != layout.dims or (layer.groups > 1 and not layout.grouped):

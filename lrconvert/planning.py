@@ -7,9 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lrconvert.errors import PlanError, UsageError
-from lrconvert.layers import Layer
+from lrconvert.layers import Layer, View
 from lrconvert.network import Network, refuse_quantized
-from lrconvert.plan import Plan, PlanOptions, can_shrink, counts, decide, reasons_to_stay_dense, split, with_norms
+from lrconvert.plan import (
+    Plan,
+    PlanOptions,
+    can_shrink,
+    counts,
+    decide,
+    in_spatial_view,
+    reasons_to_stay_dense,
+    split,
+    with_norms,
+)
 from lrconvert.ranks import parse_rule
 from lrconvert.spectrum import Spectrum
 from lrconvert.surgery import plan_of
@@ -28,6 +38,7 @@ def plan_options(
     splits: Mapping[str, int] | None = None,
     include_embeddings: bool = False,
     extra_norm: bool = False,
+    view: View = "channel",
 ) -> PlanOptions:
     """Plan options from a rule's text ("energy=0.9") and the settings of `PlanOptions`."""
     return PlanOptions(
@@ -42,6 +53,7 @@ def plan_options(
         tuple((splits or {}).items()),
         include_embeddings,
         extra_norm,
+        view,
     )
 
 
@@ -87,15 +99,16 @@ def candidates_of(network: Network, options: PlanOptions) -> Candidates:
         PlanError: the network is factorized already.
         CheckpointError: layers that the patterns choose are stored quantized.
         PatternError: a pattern matches no layer.
-        UsageError: BatchNorms were asked for in a graph.
+        UsageError: BatchNorms or the spatial view were asked for in a graph.
     """
     refuse_factorized(network)
     refuse_quantized(network, options.include, options.exclude)
-    if options.extra_norm and network.checkpoint is not None and network.checkpoint.graph is not None:
-        raise UsageError(f"{network.name} is a graph, and an extra BatchNorm is for training: factorize the model")
-    network = replace(network, layers=split(network.layers, options.splits))
-    if options.extra_norm:
-        network = replace(network, layers=with_norms(network.layers))
+    graph = network.checkpoint is not None and network.checkpoint.graph is not None
+    if graph and (options.extra_norm or options.view != "channel"):
+        raise UsageError(f"{network.name} is a graph: no extra BatchNorm and no spatial view; factorize the model")
+    layers = split(network.layers, options.splits)
+    layers = in_spatial_view(layers) if options.view == "spatial" else layers
+    network = replace(network, layers=with_norms(layers) if options.extra_norm else layers)
     reasons = reasons_to_stay_dense(network.layers, options)
     return Candidates(network, options, tuple(layer for layer in network.layers if layer.name not in reasons))
 

@@ -50,7 +50,7 @@ def reshape(model: nn.Module, plan: Plan) -> nn.Module:
     wanted: dict[str, dict[str, Factored]] = {}
     for decision in plan.low_rank:
         assert decision.rank is not None
-        factored = Factored(decision.kind, decision.shape, decision.rank, decision.groups, decision.norm)
+        factored = Factored(decision.kind, decision.shape, decision.rank, decision.groups, decision.norm, decision.view)
         wanted.setdefault(decision.layer.owner, {})[decision.layer.parameter] = factored
     for owner, weights in wanted.items():
         dense = model.get_submodule(owner)

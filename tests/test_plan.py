@@ -152,7 +152,7 @@ def test_a_norm_counts_when_a_layer_is_to_shrink():
     (decision,) = plan_for([normed], "rank=9", keep_first=0, keep_last=False).low_rank
     assert decision.norm
     assert decision.num_params_after == 9 * 43
-    assert decision.layer.macs_per_position(9) == 9 * 41
+    assert decision.layer.macs(7, 9) == 7 * 9 * 41
 
 
 def test_plan_survives_a_file(tmp_path):
@@ -181,6 +181,7 @@ def test_plan_survives_a_file(tmp_path):
             error=st.none() | st.floats(0, 1),
             evidence=st.sampled_from(["module", "shape"]),
             norm=st.booleans(),
+            view=st.sampled_from(["channel", "spatial"]),
         ),
         max_size=4,
     )
@@ -226,6 +227,9 @@ def test_a_missing_plan_file_is_an_error(tmp_path):
         ({"kind": "embedding", "groups": 2}, "in 2 group"),
         ({"shape": (64, 65)}, r"the plan says \(64, 65\), the checkpoint \(64, 64\)"),
         ({"kind": "norm"}, "kind 'norm' cannot be factorized"),
+        ({"view": "spatial"}, "the spatial view is one of a conv2d in one group"),
+        ({"kind": "conv2d", "view": "spatial", "shape": (64, 32, 3, 3), "groups": 2}, "the spatial view is one of"),
+        ({"kind": "conv2d", "view": "spatial", "shape": (64, 64, 1, 1)}, "with a kernel above 1×1"),
         ({"kind": "lstm", "norm": True}, "no BatchNorm fits between the factors of this lstm; drop its norm"),
         ({"kind": "attention", "norm": True}, "no BatchNorm fits"),
         ({"kind": "embedding", "norm": True}, "no BatchNorm fits"),

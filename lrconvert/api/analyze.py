@@ -90,7 +90,7 @@ def _row(analysis: Analysis, layer: Layer, spectrum: Spectrum) -> LayerSpectrum:
         groups=layer.groups,
         evidence=layer.evidence,
         num_params=layer.num_params,
-        macs=None if positions is None else positions * layer.macs_per_position(),
+        macs=None if positions is None else layer.macs(positions),
         full_rank=layer.full_rank,
         break_even_rank=layer.break_even_rank,
         stable_rank=stable,

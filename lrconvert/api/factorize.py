@@ -16,6 +16,7 @@ from lrconvert.errors import NothingToCompressError, UsageError
 from lrconvert.factorization import factorizing
 from lrconvert.hf.mark import mark
 from lrconvert.inputs import shape_of
+from lrconvert.layers import View
 from lrconvert.network import Network, Source, open_network, refuse_quantized
 from lrconvert.plan import Plan, check_plan
 from lrconvert.planning import candidates_of, plan_options, refuse_factorized
@@ -43,6 +44,7 @@ def make_plan(
     splits: Mapping[str, int] | None = None,
     include_embeddings: bool = False,
     extra_norm: bool = False,
+    view: View = "channel",
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -63,6 +65,8 @@ def make_plan(
         include_embeddings: factorize embeddings too.
         extra_norm: put a BatchNorm between the factors of linear layers and convolutions, to train them with
             (Cuttlefish section 4.1).
+        view: "spatial" factorizes convolutions of two dimensions into one across and one down, as SI&FD does, instead
+            of one with the whole kernel and one of kernel 1.
         model, model_args, input_shape, init, device, progress: see `analyze`.
 
     Raises:
@@ -81,6 +85,7 @@ def make_plan(
         splits=splits,
         include_embeddings=include_embeddings,
         extra_norm=extra_norm,
+        view=view,
     )
     network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
     candidates = candidates_of(network, options)
@@ -88,8 +93,8 @@ def make_plan(
         missing = [layer.name for layer in candidates.layers if layer.name not in source.spectra]
         if missing:
             raise UsageError(f"the analysis left {missing[0]} out; analyze without include and exclude")
-        if options.splits:
-            raise UsageError("splits change the matrices: make the plan from the model, not from an analysis")
+        if options.splits or view != "channel":
+            raise UsageError("splits and views change the matrices: make the plan from the model, not an analysis")
         analysis = source
     else:
         initial = open_network(init) if init is not None else None
@@ -260,7 +265,9 @@ def _record(
 ) -> FactorizeRecord:
     rows = layer_decisions(plan, network.trace)
     macs = network.trace.macs if network.trace else None
-    saved = sum((row.macs_before or 0) - (row.macs_after or 0) for row in rows)
+    after = None
+    if macs is not None and all(row.macs_before is None or row.macs_after is not None for row in rows):
+        after = macs - sum((row.macs_before or 0) - (row.macs_after or 0) for row in rows)
     return FactorizeRecord(
         source=network.name,
         output=str(output) if output else None,
@@ -270,7 +277,7 @@ def _record(
         num_params_before=network.num_params,
         num_params_after=network.num_params - plan.saved_params,
         macs_before=macs,
-        macs_after=None if macs is None else macs - saved,
+        macs_after=after,
         nbytes_before=network.checkpoint.nbytes if network.checkpoint else None,
         nbytes_after=open_checkpoint(output).nbytes if output else None,
         seconds=seconds if output else None,

@@ -24,11 +24,11 @@ CONFIG = "config.json"
 METHOD = "lrconvert"
 _ENTRY = "quantization_config"
 _KEPT = {"kind", "shape", "rank", "groups"}
-_KEPT_WHERE_SET = {"norm"}
+_KEPT_WHERE_SET = {"norm", "view"}
 
 
 def to_config(plan: Plan) -> dict[str, Any]:
-    """Factorized layers of `plan` as JSON: key of the dense weight to kind, shape, rank, groups, and norm where set."""
+    """Factorized layers of `plan` as JSON: key of the dense weight to its decision, without what was only a reason."""
     return {
         layer.weight: layer.model_dump(mode="json", include=_KEPT)
         | layer.model_dump(mode="json", include=_KEPT_WHERE_SET, exclude_defaults=True)

@@ -65,6 +65,10 @@ def factorize(
         bool,
         typer.Option("--extra-bn", help="A BatchNorm between the factors, for training on; Cuttlefish section 4.1."),
     ] = False,
+    view: Annotated[
+        str | None,
+        typer.Option("--view", help="channel, or spatial: 2-d convolutions become one across and one down."),
+    ] = None,
     rank_multiple: Annotated[
         int | None, typer.Option("--rank-multiple", help="Round ranks to multiples of this (8 suits most hardware).")
     ] = None,
@@ -100,6 +104,7 @@ def factorize(
         "splits": options.parse_numbers("--split", split) or None,
         "include_embeddings": include_embeddings or None,
         "extra_norm": extra_bn or None,
+        "view": view,
         "init": init,
     }
     chosen = {name: value for name, value in settings.items() if value is not None}

@@ -9,7 +9,7 @@ from lrconvert.layers.attention import SEPARATE, LowRankAttention
 from lrconvert.layers.conv import CONV_TYPES, TRANSPOSED_TYPES, LowRankConv, LowRankConvTranspose
 from lrconvert.layers.embedding import LowRankEmbedding
 from lrconvert.layers.layer import COMPOSITE_KINDS, Evidence, Layer
-from lrconvert.layers.layout import LAYOUTS
+from lrconvert.layers.layout import LAYOUTS, SPATIAL, View
 from lrconvert.layers.linear import LowRankLinear
 from lrconvert.layers.lowrank import Factored, LowRank, low_rank_modules
 from lrconvert.layers.recurrent import GATES, RECURRENT_TYPES, LowRankRecurrent
@@ -18,11 +18,13 @@ __all__ = [
     "COMPOSITE_KINDS",
     "FAMILIES",
     "LAYOUTS",
+    "SPATIAL",
     "Evidence",
     "Factored",
     "Family",
     "Layer",
     "LowRank",
+    "View",
     "family_of",
     "low_rank_modules",
 ]

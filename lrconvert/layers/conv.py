@@ -4,6 +4,10 @@ Plain: `u` has the kernel, stride, padding and dilation, `v` is a convolution of
 `v`, the larger factor would run at the full resolution for nothing (Pufferfish, section 2.3, and the authors' code,
 which puts the downsample stride on `v`). Transposed: `u` is a convolution of kernel 1 at the small resolution of the
 input, `v` a transposed convolution with the rest. Each group is factorized on its own: both factors are grouped.
+
+In the spatial view of a 2-dimensional convolution `u` runs across, with the horizontal half of all settings, and `v`
+down, with the vertical half. As `u` works on every row alone, and has no bias, it does not matter that rows are padded
+after it, in any padding mode.
 """
 
 from collections.abc import Mapping
@@ -34,9 +38,11 @@ class LowRankConv(LowRankLayer):
         assert isinstance(dense, _ConvNd)
         width, shared = _between(dense, wanted["weight"])
         conv = CONV_TYPES[wanted["weight"].kind]
-        self.u = skip_init(conv, dense.in_channels, width, bias=False, **_settings(dense), **shared)
+        spatial = wanted["weight"].view == "spatial"
+        first, second = (_along(dense, 1), _along(dense, 0)) if spatial else (_settings(dense), {"kernel_size": 1})
+        self.u = skip_init(conv, dense.in_channels, width, bias=False, **first, **shared)
         self.bn = norm_between(wanted["weight"], where(dense.weight))
-        self.v = skip_init(conv, width, dense.out_channels, kernel_size=1, bias=dense.bias is not None, **shared)
+        self.v = skip_init(conv, width, dense.out_channels, bias=dense.bias is not None, **second, **shared)
 
 
 class LowRankConvTranspose(LowRankLayer):
@@ -70,3 +76,18 @@ def _settings(dense: _ConvNd) -> dict[str, Any]:
     """What the factor with the kernel takes over."""
     names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     return {name: getattr(dense, name) for name in names}
+
+
+def _along(dense: _ConvNd, axis: int) -> dict[str, Any]:
+    """What a convolution along one axis takes over: along the others its kernel, stride and dilation are 1."""
+
+    def there(values: tuple[int, ...], elsewhere: int) -> tuple[int, ...]:
+        return tuple(value if at == axis else elsewhere for at, value in enumerate(values))
+
+    return {
+        "kernel_size": there(dense.kernel_size, 1),
+        "stride": there(dense.stride, 1),
+        "padding": dense.padding if isinstance(dense.padding, str) else there(dense.padding, 0),
+        "dilation": there(dense.dilation, 1),
+        "padding_mode": dense.padding_mode,
+    }

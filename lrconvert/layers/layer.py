@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from lrconvert.layers.layout import LAYOUTS, OTHER, Layout
+from lrconvert.layers.layout import Layout, View, layout_for
 
 Evidence = Literal["module", "shape"]
 
@@ -30,6 +30,8 @@ class Layer:
         tied_head: whether the weight is that of an embedding and of the linear layer after it, the classifier.
         guess: True when `dense_reason` is a default or a guess that naming the layer overrules.
         norm: whether a BatchNorm stands between the factors when it is factorized.
+        view: which matrix the weight is seen as: "channel", (out, in·kh·kw), or for a convolution of two dimensions
+            "spatial", (out·kh, in·kw).
     """
 
     name: str
@@ -42,11 +44,12 @@ class Layer:
     guess: bool = False
     tied_head: bool = False
     norm: bool = False
+    view: View = "channel"
 
     @property
     def layout(self) -> Layout:
         """How the weight is stored."""
-        return LAYOUTS.get(self.kind, OTHER)
+        return layout_for(self.kind, self.view)
 
     @property
     def owner(self) -> str:
@@ -91,11 +94,23 @@ class Layer:
         """Elements of the two factors at `rank` per group, and of the norm between them; without bias."""
         return self.groups * rank * (sum(self.matrix_shape) + (2 if self.norm else 0))
 
-    def macs_per_position(self, rank: int | None = None) -> int:
-        """Multiply-accumulates for one token, pixel or time step, dense or at `rank`; a table is looked up for free."""
+    def macs(self, positions: int, rank: int | None = None, halfway: int | None = None) -> int | None:
+        """Multiply-accumulates of the layer, dense or at `rank`; a table is looked up for free.
+
+        Args:
+            positions: tokens, pixels or time steps that the weight is applied to.
+            rank: per group; None for the dense layer.
+            halfway: of a convolution of two dimensions, input rows × output columns: where `u` of the spatial view
+                runs. None, if not known, makes the answer None in that view.
+        """
         if self.kind == "embedding":
-            return rank * self.shape[1] if rank else 0
-        return self.num_params if rank is None else self.groups * rank * sum(self.matrix_shape)
+            return positions * rank * self.shape[1] if rank else 0
+        if rank is None:
+            return positions * self.num_params
+        rows, columns = self.matrix_shape
+        if self.view == "channel":
+            return positions * self.groups * rank * (rows + columns)
+        return None if halfway is None else rank * (halfway * columns + positions * rows)
 
     def factor_path(self, factor: Literal["u", "bn", "v"]) -> str:
         """Path of the module that holds a factor, or the norm: "layer4.0.conv1.u", "lstm.ih_l0.v", "fc1.bn"."""

@@ -7,11 +7,12 @@ Shapes: a matrix view is (groups, rows, columns). Its factors are a left one (gr
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 Shape = tuple[int, ...]
+View = Literal["channel", "spatial"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,42 @@ class TransposedConv(Layout):
         return left, v.reshape(groups, v.shape[0] // groups, -1)
 
 
+class SpatialConv(Layout):
+    """A 2-dimensional convolution's weight (out, in, kh, kw) seen as (out·kh, in·kw); one group.
+
+    `u` is a convolution of kernel (1, kw), across, `v` one of kernel (kh, 1), down. Khodak et al. 2021,
+    https://arxiv.org/abs/2105.01029; Jaderberg et al. 2014, https://arxiv.org/abs/1405.3866.
+    """
+
+    pointwise_last = False
+
+    def matrix_shape(self, shape: Shape, groups: int) -> tuple[int, int]:
+        """(out·kh, in·kw)."""
+        return shape[0] * shape[2], shape[1] * shape[3]
+
+    def matrices(self, weight: Tensor, groups: int) -> Tensor:
+        """(1, out·kh, in·kw) of a stored weight."""
+        return weight.transpose(1, 2).reshape(1, *self.matrix_shape(tuple(weight.shape), groups))
+
+    def weight(self, matrices: Tensor, shape: Shape) -> Tensor:
+        """The (out, in, kh, kw) weight."""
+        return matrices.reshape(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
+
+    def factor_shapes(self, shape: Shape, groups: int, rank: int) -> tuple[Shape, Shape]:
+        """(rank, in, 1, kw) and (out, rank, kh, 1)."""
+        return (rank, shape[1], 1, shape[3]), (shape[0], rank, shape[2], 1)
+
+    def pair(self, left: Tensor, right: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """The left factor, (out·kh, rank), is applied second."""
+        u, v = self.factor_shapes(shape, 1, left.shape[2])
+        return right.reshape(u), left.reshape(shape[0], shape[2], -1).mT.reshape(v)
+
+    def factors(self, u: Tensor, v: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """The inverse of `pair`."""
+        left = v.squeeze(3).mT.reshape(1, -1, v.shape[1])
+        return left, u.reshape(1, u.shape[0], -1)
+
+
 class Table(Layout):
     """An embedding (entries, features): `u` is a narrow table (entries, rank), `v` a linear layer (features, rank)."""
 
@@ -139,3 +176,10 @@ LAYOUTS: dict[str, Layout] = {
     "embedding": Table(2, grouped=False),
 }
 OTHER = Layout()
+SPATIAL: dict[str, Layout] = {"conv2d": SpatialConv(4, grouped=False)}
+
+
+def layout_for(kind: str, view: View = "channel") -> Layout:
+    """How a weight of `kind` is stored and seen; a kind without a spatial view has the one in `LAYOUTS`."""
+    channel = LAYOUTS.get(kind, OTHER)
+    return SPATIAL.get(kind, channel) if view == "spatial" else channel

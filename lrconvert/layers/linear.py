@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from lrconvert.layers.layout import LAYOUTS
 from lrconvert.layers.lowrank import Factored, LowRankLayer, where
 from lrconvert.layers.norm import norm_between
 
@@ -96,8 +95,7 @@ class LinearFactors(nn.Module):
 
     def __init__(self, factored: Factored, bias: bool, place: Mapping[str, Any]) -> None:
         super().__init__()
-        layout = LAYOUTS[factored.kind]
-        (width, into), (out, _) = layout.factor_shapes(factored.shape, factored.groups, factored.rank)
+        (width, into), (out, _) = factored.layout.factor_shapes(factored.shape, factored.groups, factored.rank)
         self.u = skip_init(nn.Linear, into, width, bias=False, **place)
         if factored.groups == 1:
             self.v = skip_init(nn.Linear, width, out, bias=bias, **place)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lrconvert.errors import ModelError
+from lrconvert.layers.layout import Layout, View, layout_for
 
 
 class ShapeOnly(Tensor):
@@ -92,6 +93,7 @@ class Factored:
         rank: singular values kept per group.
         groups: matrices in the weight.
         norm: whether a BatchNorm stands between the factors.
+        view: which matrix the weight is seen as.
     """
 
     kind: str
@@ -99,6 +101,12 @@ class Factored:
     rank: int
     groups: int = 1
     norm: bool = False
+    view: View = "channel"
+
+    @property
+    def layout(self) -> Layout:
+        """How the weight and its factors are stored."""
+        return layout_for(self.kind, self.view)
 
 
 class LowRank(nn.Module):

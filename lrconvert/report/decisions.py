@@ -7,11 +7,10 @@ from lrconvert.report.record import LayerDecision
 
 def layer_decisions(plan: Plan, trace: Trace | None = None) -> tuple[LayerDecision, ...]:
     """One report row for every layer of `plan`, with MACs where `trace` is of the dense network."""
-    positions = trace.positions if trace is not None else {}
     rows = []
     for decision in plan.layers:
         layer = decision.layer
-        at = positions.get(layer.owner)
+        at, halfway = (trace.positions.get(layer.owner), trace.halfway.get(layer.owner)) if trace else (None, None)
         rows.append(
             LayerDecision(
                 name=decision.name,
@@ -24,8 +23,10 @@ def layer_decisions(plan: Plan, trace: Trace | None = None) -> tuple[LayerDecisi
                 error=decision.error,
                 num_params_before=layer.num_params,
                 num_params_after=decision.num_params_after,
-                macs_before=None if at is None else at * layer.macs_per_position(),
-                macs_after=None if at is None else at * layer.macs_per_position(decision.rank),
+                macs_before=None if at is None else layer.macs(at),
+                macs_after=None if at is None else layer.macs(at, decision.rank, halfway),
+                norm=decision.norm,
+                view=decision.view,
             )
         )
     return tuple(rows)

@@ -92,7 +92,7 @@ class LayerDecision(BaseModel):
     """One row of `factorize`.
 
     Attributes:
-        name, kind, shape, groups, rank, reason, error: see `lrconvert.plan.LayerPlan`.
+        name, kind, shape, groups, rank, reason, error, norm, view: see `lrconvert.plan.LayerPlan`.
         full_rank: of the matrix view.
         num_params_before, num_params_after: elements of the weight, and of what replaces it.
         macs_before, macs_after: for one input, where the model was traced.
@@ -112,6 +112,8 @@ class LayerDecision(BaseModel):
     num_params_after: int
     macs_before: int | None
     macs_after: int | None
+    norm: bool = False
+    view: str = "channel"
 
 
 class FactorizeRecord(Record):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lrconvert.errors import UsageError
-from lrconvert.layers import LAYOUTS, Factored, low_rank_modules
+from lrconvert.layers import Factored, low_rank_modules
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Pair:
     factored: Factored
 
     def add_gradients(self, coefficient: float) -> None:
-        layout, factored = LAYOUTS[self.factored.kind], self.factored
+        factored, layout = self.factored, self.factored.layout
         left, right = layout.factors(self.u, self.v, factored.groups)
         # The stored pair is the matrices in another order, so its gradient is the matrices' gradient in that order.
         gradients = layout.pair(left @ (right @ right.mT), (left.mT @ left) @ right, factored.shape)

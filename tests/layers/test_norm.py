@@ -94,7 +94,7 @@ def test_running_statistics_are_folded(kind, data):
     state = copy.deepcopy(model.state_dict())
     if shift and (model["it"].bias is None or kind.startswith("conv_transpose")):
         uneven = kind.startswith("conv_transpose")
-        why = f"the bias of a {kind} cannot stand for" if uneven else "a dense layer without a bias cannot add"
+        why = "a bias, the same everywhere, cannot stand for" if uneven else "a dense layer without a bias cannot add"
         with pytest.raises(PlanError, match=f"it: {why} what the BatchNorm between its factors adds"):
             merge_module(model)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

@@ -371,16 +371,16 @@ def test_a_plan_for_another_graph_is_refused(tmp_path):
     with pytest.raises(lrconvert.LrconvertError, match="the plan says"):
         lrconvert.factorize(other, plan, output=tmp_path / "c.onnx")
     normed = plan.model_copy(update={"layers": tuple(each.model_copy(update={"norm": True}) for each in plan.layers)})
-    with pytest.raises(lrconvert.LrconvertError, match="b: a graph takes no BatchNorm between factors; drop its norm"):
+    with pytest.raises(lrconvert.LrconvertError, match="b: a graph takes no norm between factors"):
         lrconvert.factorize(path, normed, output=tmp_path / "c.onnx")
 
 
 def test_what_makes_no_sense_for_a_graph_is_refused_in_one_line(tmp_path, cli):
     path = chain(tmp_path / "a.onnx", {"a": random(16, 20), "b": random(20, 12)})
     assert "end the output in .onnx" in cli.fails(2, "factorize", path, "-o", tmp_path / "b.safetensors", "--auto")
-    assert "an extra BatchNorm is for training" in cli.fails(
-        2, "factorize", path, "-o", tmp_path / "b.onnx", "--auto", "--extra-bn"
-    )
+    for option in (["--extra-bn"], ["--view", "spatial"]):
+        line = cli.fails(2, "factorize", path, "-o", tmp_path / "b.onnx", "--auto", *option)
+        assert "no extra BatchNorm and no spatial view" in line
     assert "needs no model" in cli.fails(2, "analyze", path, "--model", "torchvision/resnet18")
     assert "a graph already" in cli.fails(2, "export", path, "-o", tmp_path / "c.pt2", "-f", "pt2")
     assert "is dense already" in cli.fails(2, "export", path, "-o", tmp_path / "c.onnx", "-f", "dense")
