@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -160,7 +161,9 @@ class Engine:
         evaluated = time.perf_counter()
         self.learning_rate.epoch_ended(validation[1])
         phase, tracked, figures = schedule.phase, schedule.tracking_seconds, self.traffic_figures()
-        switched = schedule.step(epoch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is in its notes
+            switched = schedule.step(epoch)
         metrics = EpochMetrics(
             epoch=epoch,
             phase=phase,

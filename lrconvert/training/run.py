@@ -10,6 +10,7 @@ report.json         the record, once the run has ended
 import json
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,12 @@ class Run:
             teacher.to(accelerator.device).requires_grad_(False)
         state = read_state(folder / STATE) if (folder / STATE).exists() else None
         self.seconds_before = state["seconds"] if state else 0.0
-        schedule = make_schedule(
-            recipe,
-            model,
-            self.dataset.input_shape,
-            accelerator.num_processes,
-            state["engine"]["schedule"] if state else None,
-        )
+        before = state["engine"]["schedule"] if state else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is in its notes
+            schedule = make_schedule(recipe, model, self.dataset.input_shape, accelerator.num_processes, before)
+        for note in schedule.notes:
+            listener.note(note)
         self.engine = Engine(recipe, schedule, self.dataset, accelerator, listener, teacher)
         if state is not None:
             self.engine.load_state_dict(state["engine"])
@@ -136,7 +136,9 @@ class Run:
             ) from None
         finally:
             self.listener.end()
-        self.schedule.finish()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.schedule.finish()
         test = self._test()
         record = self._record(test)
         if self.accelerator.is_main_process:
@@ -228,7 +230,7 @@ class Run:
             switch_seconds=schedule.switch_seconds,
             tracking_share=schedule.tracking_seconds / trained if trained and schedule.curves is not None else None,
             traffic=engine.traffic_figures(),
-            notes=(*self.dataset.notes, *schedule.notes),
+            notes=tuple(schedule.notes),
             curves={name: tuple(curve) for name, curve in schedule.curves.ranks.items()} if schedule.curves else {},
             layers=layer_decisions(schedule.plan, self.trace) if schedule.plan is not None else (),
             history=history,
