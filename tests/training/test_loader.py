@@ -90,6 +90,14 @@ def test_epochs_and_seeds_differ_and_repeat(source):
             assert key == other or not (labels.equal(other_labels) or looks.equal(other_looks))
 
 
+@pytest.mark.parametrize("kind", SOURCES)
+def test_equal_images_are_changed_differently(kind):
+    one = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    source = SOURCES[kind](TensorImages(one.repeat(40, 1, 1, 1), torch.zeros(40).long()))
+    images, _ = next(Loader(source, batch_size=40, seed=0).epoch(0))
+    assert len(images.flatten(1).unique(dim=0)) > 20
+
+
 def test_the_callers_generator_is_left_alone(source):
     torch.manual_seed(7)
     want = torch.rand(3)
