@@ -60,7 +60,7 @@ class Augment:
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise UsageError(f"ratio is a range above 0, not {self.ratio[0]:g} to {self.ratio[1]:g}")
         if self.aa is not None:
-            _automatic(self.aa)
+            automatic(self.aa)
 
     @property
     def in_batches(self) -> bool:
@@ -129,7 +129,7 @@ def image_transform(
         if augment.hflip:
             paint.append(v2.RandomHorizontalFlip(augment.hflip))
         if augment.aa is not None:
-            paint.append(_automatic(augment.aa))
+            paint.append(automatic(augment.aa))
         if augment.reprob:
             erase.append(v2.RandomErasing(augment.reprob, value="random"))
     # PILToTensor passes tensors on, and ToDtype scales bytes but leaves floats.
@@ -137,7 +137,7 @@ def image_transform(
     return v2.Compose([*frame, *paint, *to_floats, v2.Normalize(normalization.mean, normalization.std), *erase])
 
 
-def _automatic(text: str) -> Transform:
+def automatic(text: str) -> Transform:
     """The transform that `Augment.aa` names."""
     if text == "rand":
         return v2.RandAugment(interpolation=InterpolationMode.BILINEAR)

@@ -72,10 +72,10 @@ class _WorkerReader:
     """A DataLoader that is told before each pass which batches to read."""
 
     def __init__(self, source: ImageSource, workers: int, pin_memory: bool) -> None:
-        self.requests: list[_Request] = []
+        self.requests = _Requests()
         self.loader: Any = DataLoader(
             source,  # type: ignore[arg-type]
-            batch_sampler=_Requests(self),  # type: ignore[arg-type]
+            batch_sampler=self.requests,  # type: ignore[arg-type]
             num_workers=workers,
             collate_fn=_unchanged,  # type: ignore[arg-type]
             pin_memory=pin_memory,
@@ -85,18 +85,22 @@ class _WorkerReader:
         )
 
     def __call__(self, batches: Sequence[Tensor], draws: Draws | None) -> Iterator[Batch]:
-        self.requests = [(draws, chosen.tolist()) for chosen in batches]
+        self.requests.of_pass = [(draws, chosen.tolist()) for chosen in batches]
         return map(_raised, self.loader)
 
 
 class _Requests:
-    """The batch sampler: a DataLoader keeps the one it was made with, so this one asks what the pass is to read."""
+    """The batch sampler: a DataLoader keeps the one it was made with, so this one is filled anew for each pass.
 
-    def __init__(self, reader: _WorkerReader) -> None:
-        self.reader = reader
+    It does not know its reader: in a cycle, the DataLoader would be collected late, maybe by a forked worker of
+    another one, where its destructor fails.
+    """
+
+    def __init__(self) -> None:
+        self.of_pass: list[_Request] = []
 
     def __iter__(self) -> Iterator[_Request]:
-        return iter(self.reader.requests)
+        return iter(self.of_pass)
 
 
 def _unchanged(batch: Batch | LrconvertError) -> Batch | LrconvertError:
