@@ -251,7 +251,6 @@ def dataset_of(recipe: Recipe) -> Dataset:
         aa=recipe.aa,
         reprob=recipe.reprob,
     )
-    settings: dict[str, Any] = {} if recipe.validation is None else {"validation": recipe.validation}
     return open_dataset(
         recipe.dataset,
         data_dir=recipe.data_dir,
@@ -261,8 +260,7 @@ def dataset_of(recipe: Recipe) -> Dataset:
         std=recipe.std,
         augment=augment,
         args=recipe.dataset_args,
-        seed=recipe.seed,
-        **settings,
+        validation=recipe.validation,
     )
 
 

@@ -1,0 +1,226 @@
+"""Whole runs on the digits: what they leave behind, how they go on, and what stops them."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import lrconvert
+from lrconvert.errors import LrconvertError, NothingToCompressError, OutputExistsError, UsageError
+from lrconvert.recipe import load_recipe, make_recipe
+from lrconvert.surgery import plan_of
+from lrconvert.training.events import Listener
+from lrconvert.training.run import Run, run
+from lrconvert.training.state import read_state
+
+SMALL = {
+    "model": "zoo/digits_cnn",
+    "model_args": {"width": 8},
+    "dataset": "digits",
+    "epochs": 4,
+    "batch_size": 128,
+    "opt": "adamw",
+    "lr": 0.01,
+    "weight_decay": 1e-3,
+    "sched": "cosine",
+}
+METHODS = {
+    "dense": {"method": "dense"},
+    "pufferfish": {"method": "pufferfish", "full_rank_epochs": 2, "extra_norm": True},
+    "cuttlefish": {"method": "cuttlefish", "window": 1, "mean_of": 1, "epsilon": 9.0, "relax": [], "keep_first": 1},
+    "sifd": {"method": "sifd", "rank_ratio": 0.25, "view": "spatial"},
+}
+
+
+def recipe(method="pufferfish", **fields):
+    return make_recipe({**SMALL, "low_rank": METHODS[method], **fields})
+
+
+def weights(folder):
+    return read_state(folder / "state.pt")["engine"]["model"]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAfter(Listener):
+    """Ends a run as a crash would, after so many epochs."""
+
+    def __init__(self, epochs):
+        self.left = epochs
+
+    def epoch(self, metrics):
+        self.left -= 1
+        if not self.left:
+            raise Stop
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_learns_reports_and_leaves_a_loadable_file(tmp_path, method):
+    record = run(recipe(method, epochs=6), tmp_path / "run")
+    assert record.test_accuracy > 0.9
+    assert len(record.history) == 6
+    assert record == type(record).model_validate_json((tmp_path / "run" / "report.json").read_text())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(6))
+    model = lrconvert.load(tmp_path / "run" / "best.safetensors")
+    assert sum(parameter.numel() for parameter in model.parameters()) == record.num_params_after
+    assert bool(plan_of(model).low_rank) == (method != "dense")
+    if method == "dense":
+        assert (record.switch_epoch, record.num_params_after) == (None, record.num_params_before)
+    else:
+        assert record.switch_epoch == sum(each.phase == "full-rank" for each in record.history)
+        assert record.num_params_after < record.num_params_before
+        assert record.macs_after < record.macs_before
+    kept = lrconvert.evaluate(tmp_path / "run" / "best.safetensors", "digits", latency_runs=2)
+    assert kept.accuracy == pytest.approx(record.test_accuracy)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe(method, epochs=6)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("method", ["pufferfish", "cuttlefish", "sifd"])
+def test_a_run_that_stopped_before_at_or_after_the_switch_goes_on_to_the_same_weights(tmp_path, method, stop):
+    extra = {"model_ema": True, "model_ema_decay": 0.9, "clip_grad": 1.0, "lr_at_switch": "rewarm", "warmup_epochs": 1}
+    whole = run(recipe(method, **extra), tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(recipe(method, **extra), tmp_path / "cut", listener=StopAfter(stop))
+    resumed = run(recipe(method, **extra), tmp_path / "cut", resume=True)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert resumed.curves == whole.curves
+    assert resumed.test_accuracy == whole.test_accuracy
+    measured = {"learning_rate", "loss", "accuracy", "validation_loss", "validation_accuracy", "switched", "phase"}
+    assert [each.model_dump(include=measured) for each in resumed.history] == [
+        each.model_dump(include=measured) for each in whole.history
+    ]
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path):
+    settings = recipe(
+        "cuttlefish", checkpoint_steps=3, crop_padding=1, hflip=0.5, mixup=0.2, model_args={"width": 8}, epochs=3
+    )
+    run(settings, tmp_path / "whole")
+
+    written = Run._save
+    saves = iter(range(100))
+
+    def save_and_stop(self):
+        written(self)
+        if next(saves) == 6:  # one at the start, three and the end of epoch 0, then two inside epoch 1
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_save", save_and_stop)
+        with pytest.raises(Stop):
+            run(settings, tmp_path / "cut")
+    progress = read_state(tmp_path / "cut" / "state.pt")["engine"]["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 6)
+    run(settings, tmp_path / "cut", resume=True)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_accumulated_batches_give_the_gradient_of_the_whole_batch(tmp_path):
+    # Without BatchNorm, which sees each part alone.
+    model = tmp_path / "net.py"
+    model.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(),"
+                     " nn.Linear(32, 10))\n")  # fmt: skip
+    fields = {"model": f"{model}:net", "model_args": {}, "low_rank": {"method": "dense"}, "epochs": 1}
+    run(recipe(**fields), tmp_path / "one")
+    run(recipe(**fields, grad_accum_steps=4), tmp_path / "four")
+    one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
+    for key in one:
+        torch.testing.assert_close(four[key], one[key], rtol=1e-4, atol=1e-6)
+
+
+def test_a_folder_with_a_run_is_neither_overwritten_nor_mixed_up(tmp_path):
+    folder = tmp_path / "run"
+    run(recipe(epochs=3), folder)
+    with pytest.raises(OutputExistsError, match="--resume"):
+        run(recipe(epochs=3), folder)
+    with pytest.raises(UsageError, match=r"lr 0\.01, this recipe 0\.1"):
+        run(recipe(epochs=3, lr=0.1), folder, resume=True)
+    with pytest.raises(UsageError, match="holds no run"):
+        run(recipe(epochs=3), tmp_path / "other", resume=True)
+    with pytest.raises(UsageError, match="choose one"):
+        run(recipe(epochs=3), folder, resume=True, overwrite=True)
+    again = run(recipe(epochs=3, lr=0.1), folder, overwrite=True)
+    assert again.epochs == 3
+
+
+def test_a_finished_run_that_is_resumed_reports_again(tmp_path):
+    first = run(recipe(epochs=3), tmp_path / "run")
+    again = run(recipe(epochs=3), tmp_path / "run", resume=True)
+    assert (again.test_accuracy, again.history) == (first.test_accuracy, first.history)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_and_the_last_good_state(tmp_path):
+    with pytest.raises(LrconvertError, match=r"epoch 0 before step \d+: lower lr.*state\.pt, from which --resume"):
+        run(recipe("dense", lr=1e30), tmp_path / "run")
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_too_little_memory_says_what_to_try(tmp_path, monkeypatch):
+    from lrconvert.models.zoo.digits_cnn import DigitsCNN
+
+    def too_much(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(DigitsCNN, "forward", too_much)
+    with pytest.raises(LrconvertError, match="out of memory on cpu with 128 images at a time: try grad_accum_steps=2"):
+        run(recipe("dense"), tmp_path / "run")
+
+
+def test_a_network_without_layers_to_factorize_is_refused_before_training(tmp_path):
+    with pytest.raises(NothingToCompressError):
+        run(recipe(low_rank={**METHODS["pufferfish"], "exclude": ["*"]}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"amp": "fp16"}, "fp16 needs a GPU"),
+        ({"device": "tpu"}, "'tpu' is not auto, cpu"),
+        ({"sync_bn": True}, "needs GPUs"),
+        ({"batch_size": 4096}, "batch"),
+        ({"dataset": "digitz"}, "did you mean 'digits'"),
+        ({"dataset": "cifar10", "download": False}, "cifar"),
+    ],
+)
+def test_what_cannot_be_done_here_is_one_line(tmp_path, fields, complaint):
+    if torch.cuda.is_available():
+        pytest.skip("these settings are good where there is a GPU")
+    with pytest.raises(LrconvertError, match=complaint) as caught:
+        run(recipe(**{"data_dir": str(tmp_path), **fields}), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_frobenius_decay_replaces_the_decay_of_the_factors(tmp_path):
+    norms = {}
+    for decays in (True, False):
+        low_rank = {**METHODS["sifd"], "frobenius_decay": decays}
+        run(recipe(low_rank=low_rank, weight_decay=0.05, sched="constant"), tmp_path / str(decays))
+        model = lrconvert.load(tmp_path / str(decays) / "best.safetensors")
+        merged = lrconvert.merge(model)
+        norms[decays] = merged.conv4.weight.norm().item()
+    assert norms[True] != norms[False]
+    assert all(math.isfinite(norm) for norm in norms.values())
+
+
+def test_finetuning_with_a_teacher_recovers_accuracy(tmp_path):
+    dense = run(recipe("dense", epochs=5), tmp_path / "dense")
+    source, small = tmp_path / "dense" / "best.safetensors", tmp_path / "small.safetensors"
+    lrconvert.factorize(source, "rank_ratio=0.15", output=small)
+    before = lrconvert.evaluate(small, "digits", latency_runs=1)
+    record = lrconvert.finetune(small, tmp_path / "ft", dataset="digits", teacher=str(source), overrides=["lr=5e-3"])
+    assert record.switch_epoch is None
+    assert record.num_params_after == before.num_params < dense.num_params_after
+    assert record.test_accuracy > before.accuracy
+    with pytest.raises(UsageError, match="a recipe says it all"):
+        lrconvert.finetune(tmp_path / "x.yaml", tmp_path / "y", dataset="digits")
