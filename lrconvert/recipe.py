@@ -232,6 +232,8 @@ class Recipe(Settings):
     def _consistent(self) -> Self:
         if self.model is None and self.checkpoint is None:
             raise ValueError("name a model (torchvision/resnet18) or a checkpoint to start from")
+        if self.opt == "signum" and (self.clip_grad or self.amp == "fp16" or self.low_rank.frobenius_decay):
+            raise ValueError("opt: signum moves by signs, which clip_grad, amp: fp16 and frobenius_decay would change")
         full_rank_epochs = getattr(self.low_rank, "full_rank_epochs", 0)
         if full_rank_epochs >= self.epochs:
             raise ValueError(f"low_rank.full_rank_epochs is {full_rank_epochs}, but the run has {self.epochs} epochs")

@@ -188,7 +188,8 @@ class Run:
         if self.dataset.test is None:
             return None
         self.accelerator.wait_for_everyone()
-        best = load(self.folder / BEST, self._build())
+        model, args = architecture_of(self.recipe)
+        best = load(self.folder / BEST, model, model_args=args or None)
         best.to(self.accelerator.device)
         if self.recipe.channels_last:
             best.to(memory_format=torch.channels_last)

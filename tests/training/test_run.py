@@ -66,7 +66,7 @@ class StopAfter(Listener):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_learns_reports_and_leaves_a_loadable_file(tmp_path, method):
     record = run(recipe(method, epochs=6), tmp_path / "run")
-    assert record.test_accuracy > 0.9
+    assert record.test_accuracy > 0.8  # guessing: 0.1
     assert len(record.history) == 6
     assert record == type(record).model_validate_json((tmp_path / "run" / "report.json").read_text())
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -161,7 +161,7 @@ def test_a_finished_run_that_is_resumed_reports_again(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step_and_the_last_good_state(tmp_path):
-    with pytest.raises(LrconvertError, match=r"epoch 0 before step \d+: lower lr.*state\.pt, from which --resume"):
+    with pytest.raises(LrconvertError, match=r"epoch 0 before step \d+: lower lr.*state\.pt \(--resume goes on"):
         run(recipe("dense", lr=1e30), tmp_path / "run")
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
