@@ -139,14 +139,15 @@ def few_directions(rank):
 
 def interrupted(rank, method, stop):
     """Weights after STEPS steps, with everything put into new objects after `stop` of them."""
-    ddp, traffic = wrap(network(), method, **SMALL_BUCKETS)
+    options = {**SMALL_BUCKETS, "start_step": 2}
+    ddp, traffic = wrap(network(), method, **options)
     for step in range(STEPS):
         if step == stop:
             file = io.BytesIO()
             torch.save({"model": ddp.module.state_dict(), "traffic": traffic.state_dict()}, file)
             file.seek(0)
             saved = torch.load(file, weights_only=True)
-            ddp, traffic = wrap(network(), method, seed=1, **SMALL_BUCKETS)
+            ddp, traffic = wrap(network(), method, seed=1, **options)
             ddp.module.load_state_dict(saved["model"])
             traffic.load_state_dict(saved["traffic"])
         sgd = torch.optim.SGD(ddp.parameters(), lr=0.05)
@@ -233,7 +234,7 @@ def work(rank, folder):
             "none": reduced(rank, "none"),
             "powersgd": reduced(rank, "powersgd"),
             "powersgd, small buckets": reduced(rank, "powersgd", **SMALL_BUCKETS),
-            "powersgd, later": reduced(rank, "powersgd", start_step=2),
+            "powersgd, later": reduced(rank, "powersgd", start_step=2, **SMALL_BUCKETS),
             "signum": reduced(rank, "signum"),
             "signum, small buckets": reduced(rank, "signum", **SMALL_BUCKETS),
             "handed over": {
@@ -242,7 +243,8 @@ def work(rank, folder):
             "beside torch": beside_torch(rank),
             "few directions": few_directions(rank),
             "interrupted": {
-                method: [interrupted(rank, method, stop) for stop in (None, 1, 4)] for method in ("powersgd", "signum")
+                method: [interrupted(rank, method, stop) for stop in (None, 1, 2, 4)]
+                for method in ("powersgd", "signum")
             },
             "voted": voted(other if rank else nine),
             "signum run": signum_run(),
