@@ -3,8 +3,8 @@
 Source: Vogels et al. 2019, https://arxiv.org/abs/1905.13727, algorithms 1 and 2, with error feedback and warm start.
 
 Torch has a hook of the same name. It keeps its state by bucket, and buckets change after the first step of every
-start, so that a resumed run could not go on where it stopped; on gloo it deadlocks with several buckets. Here state is
-kept by parameter. Where both work they send and compute the same.
+start, so that a resumed run could not go on where it stopped; on gloo, with several buckets, it was seen to wait for
+ever (torch 2.15). Here state is kept by parameter. The gradients and the bytes are those of torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,8 +57,9 @@ class PowerSGD:
         """Average the gradients of `bucket`, those of large matrices at low rank."""
         compressing = self._step >= self._start_step
         self._step += bucket.is_last()
+        buffer = bucket.buffer()
         if not compressing:
-            return self.collectives.average(bucket.buffer())
+            return self.collectives.average(buffer)
         gradients = {self._names[p]: g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
         matrices = {name: g.view_as(self._errors[name]) for name, g in gradients.items() if name in self._errors}
         others = [g for name, g in gradients.items() if name not in matrices]
@@ -79,7 +80,7 @@ class PowerSGD:
                 gradient.copy_(piece.view_as(gradient))
             lefts = [_orthonormal(piece.view_as(p)) for p, piece in zip(ps, pieces, strict=False)]
             self._finish(matrices, lefts)
-            return bucket.buffer()
+            return buffer
 
         return averaged.then(finish)
 

@@ -119,14 +119,16 @@ def beside_torch(rank):
             state.p_memory_dict[0] = torch.empty(2 * rows)
         return powerSGD_hook(state, bucket)
 
-    theirs.register_comm_hook(PowerSGDState(None, 2, start_powerSGD_iter=2), hook)
+    state = PowerSGDState(None, 2, start_powerSGD_iter=2)
+    theirs.register_comm_hook(state, hook)
     results = []
     for step in range(STEPS):
         for ddp in (ours, theirs):
             ddp.zero_grad()
             loss(ddp, rank, step).backward()
         results.append((gradients_of(ours.module), gradients_of(theirs.module)))
-    return results
+    plain = 2 * 4 * sum(parameter.numel() for parameter in network().parameters())
+    return {"steps": results, "sent": traffic.bytes_sent, "torch sent": plain + 4 * state.compression_stats()[2]}
 
 
 def few_directions(rank):
@@ -139,14 +141,15 @@ def few_directions(rank):
 
 def interrupted(rank, method, stop):
     """Weights after STEPS steps, with everything put into new objects after `stop` of them."""
-    ddp, traffic = wrap(network(), method, **SMALL_BUCKETS)
+    options = {**SMALL_BUCKETS, "start_step": 2}
+    ddp, traffic = wrap(network(), method, **options)
     for step in range(STEPS):
         if step == stop:
             file = io.BytesIO()
             torch.save({"model": ddp.module.state_dict(), "traffic": traffic.state_dict()}, file)
             file.seek(0)
             saved = torch.load(file, weights_only=True)
-            ddp, traffic = wrap(network(), method, seed=1, **SMALL_BUCKETS)
+            ddp, traffic = wrap(network(), method, seed=1, **options)
             ddp.module.load_state_dict(saved["model"])
             traffic.load_state_dict(saved["traffic"])
         sgd = torch.optim.SGD(ddp.parameters(), lr=0.05)
@@ -233,7 +236,7 @@ def work(rank, folder):
             "none": reduced(rank, "none"),
             "powersgd": reduced(rank, "powersgd"),
             "powersgd, small buckets": reduced(rank, "powersgd", **SMALL_BUCKETS),
-            "powersgd, later": reduced(rank, "powersgd", start_step=2),
+            "powersgd, later": reduced(rank, "powersgd", start_step=2, **SMALL_BUCKETS),
             "signum": reduced(rank, "signum"),
             "signum, small buckets": reduced(rank, "signum", **SMALL_BUCKETS),
             "handed over": {
@@ -242,7 +245,8 @@ def work(rank, folder):
             "beside torch": beside_torch(rank),
             "few directions": few_directions(rank),
             "interrupted": {
-                method: [interrupted(rank, method, stop) for stop in (None, 1, 4)] for method in ("powersgd", "signum")
+                method: [interrupted(rank, method, stop) for stop in (None, 1, 2, 4)]
+                for method in ("powersgd", "signum")
             },
             "voted": voted(other if rank else nine),
             "signum run": signum_run(),
@@ -314,10 +318,11 @@ def test_powersgd_is_exact_for_gradients_of_its_rank(results):
 @pytest.mark.dist
 def test_powersgd_computes_what_torch_does(results):
     for result in results:
-        for ours, theirs in result["beside torch"]:
+        assert result["beside torch"]["sent"] == result["beside torch"]["torch sent"]
+        for ours, theirs in result["beside torch"]["steps"]:
             for name, want in theirs.items():
                 assert_close(ours[name], want, 1e-4)
-        last = result["beside torch"][-1][0]
+        last = result["beside torch"]["steps"][-1][0]
         exact = averaged(STEPS - 1)
         assert (last["3.weight"] - exact["3.weight"]).norm() > 0.1 * exact["3.weight"].norm()
 
