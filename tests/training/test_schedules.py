@@ -35,8 +35,8 @@ def train(model, optimizer, digits, epoch, batch=64):
         optimizer.step()
 
 
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
 def digits_cnn(width=16):
@@ -74,14 +74,14 @@ def same(model, other):
 def test_three_lines_in_a_loop_of_ones_own(digits):
     model = digits_cnn()
     optimizer = sgd(model)
-    criterion = lrconvert.StabilityCriterion(window=2, mean_of=2, epsilon=4.0)
+    criterion = lrconvert.StabilityCriterion(window=2, mean_of=2, epsilon=6.0)
     schedule = lrconvert.Cuttlefish(model, input_shape=INPUT_SHAPE, criterion=criterion, max_full_rank_epochs=5)
     switched = []
     for epoch in range(6):
         train(model, optimizer, digits, epoch)
         if schedule.step(epoch):
             switched.append(epoch)
-            optimizer = sgd(model)
+            optimizer = sgd(model, lr=0.02)
     assert len(switched) == 1
     assert schedule.switch_epoch == switched[0] + 1 == schedule.curves.epochs
     assert schedule.phase == "low-rank"
