@@ -11,7 +11,7 @@ from lrconvert.training.schedules.rank_curves import RankCurves, StabilityCriter
 # d_t = A·2⁻ᵗ·(1 + t/2). For A = 16:
 #     t    0   1   2   3   4   5     6   7       8       9
 #     d   16  12   8   5   3   1.75  1   0.5625  0.3125  0.171875
-# After epoch t, with M = 2, the mean of the central slope at t−1, |d_t − d_{t−2}| / 2, and the last one, |d_t − d_{t−1}|:
+# After epoch t, with M = 2: mean of the central slope at t−1, |d_t − d_{t−2}| / 2, and of the last, |d_t − d_{t−1}|:
 #     t = 3  (3.5      + 3       ) / 2 = 3.25
 #     t = 4  (2.5      + 2       ) / 2 = 2.25
 #     t = 5  (1.625    + 1.25    ) / 2 = 1.4375

@@ -17,7 +17,7 @@ from lrconvert.models.zoo.resnet18_cifar import ResNet18Cifar
 from lrconvert.profiling import Profile, StackTiming
 
 QUICK = lrconvert.StabilityCriterion(window=1, mean_of=1, epsilon=1e9)  # settles after the first epoch
-NEVER = lrconvert.StabilityCriterion(window=1, mean_of=1, epsilon=0.0)
+NEVER = lrconvert.StabilityCriterion(window=99, mean_of=1, epsilon=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def digits():
     return torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(labels)
 
 
-def train(model, optimizer, digits, epoch, batch=256):
+def train(model, optimizer, digits, epoch, batch=64):
     images, labels = digits
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
     for at in order.split(batch):
@@ -35,8 +35,8 @@ def train(model, optimizer, digits, epoch, batch=256):
         optimizer.step()
 
 
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
 def digits_cnn(width=16):
@@ -52,6 +52,16 @@ def disturb(model, seed=2):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
+def with_decay(model, layers, power):
+    """Singular values times i⁻ᵖᵒʷᵉʳ: lower stable ranks, as training would make them."""
+    with torch.no_grad():
+        for name in layers:
+            weight = model.get_parameter(f"{name}.weight")
+            left, values, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+            values *= torch.arange(1, len(values) + 1) ** -power
+            weight.copy_((left * values @ right).reshape(weight.shape))
+
+
 def num_params(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -64,14 +74,14 @@ def same(model, other):
 def test_three_lines_in_a_loop_of_ones_own(digits):
     model = digits_cnn()
     optimizer = sgd(model)
-    criterion = lrconvert.StabilityCriterion(window=2, mean_of=2, epsilon=2.0)
-    schedule = lrconvert.Cuttlefish(model, input_shape=INPUT_SHAPE, criterion=criterion, max_full_rank_epochs=4)
+    criterion = lrconvert.StabilityCriterion(window=2, mean_of=2, epsilon=6.0)
+    schedule = lrconvert.Cuttlefish(model, input_shape=INPUT_SHAPE, criterion=criterion, max_full_rank_epochs=5)
     switched = []
     for epoch in range(6):
         train(model, optimizer, digits, epoch)
         if schedule.step(epoch):
             switched.append(epoch)
-            optimizer = sgd(model)
+            optimizer = sgd(model, lr=0.02)
     assert len(switched) == 1
     assert schedule.switch_epoch == switched[0] + 1 == schedule.curves.epochs
     assert schedule.phase == "low-rank"
@@ -98,23 +108,15 @@ def test_the_switch_is_what_factorize_makes_of_the_same_plan(digits):
 
 def test_ranks_are_scaled_by_what_the_same_layer_had_at_initialisation(tmp_path):
     model = digits_cnn()
-    with torch.no_grad():  # every layer gets an initial stable rank of its own, far from what its shape would give
-        for number, name in enumerate(("conv2", "conv3", "conv4")):
-            left, values, right = torch.linalg.svd(model.get_submodule(name).weight.flatten(1), full_matrices=False)
-            weight = left * (values * torch.arange(1, len(values) + 1) ** (-0.2 * number)) @ right
-            model.get_submodule(name).weight.copy_(weight.reshape(model.get_submodule(name).weight.shape))
+    for number, name in enumerate(("conv2", "conv3", "conv4")):
+        with_decay(model, [name], 0.2 * number)  # an initial stable rank of its own, far from what its shape would give
     torch.save(model.state_dict(), tmp_path / "init.pt")
     schedule = lrconvert.Cuttlefish(model, criterion=QUICK, rule="scaled_stable_rank", input_shape=INPUT_SHAPE)
     initial = {name: curve[0] for name, curve in schedule.curves.ranks.items()}
     for name, rank in initial.items():
-        values = torch.linalg.svdvals(model.get_submodule(name).weight.flatten(1).double())
+        values = torch.linalg.svdvals(model.get_submodule(name).weight.detach().flatten(1).double())
         assert rank == pytest.approx(float((values**2).sum() / values[0] ** 2), rel=1e-6)
-    with torch.no_grad():
-        for layer in (model.conv2, model.conv3, model.conv4, model.hidden):
-            matrix = layer.weight.flatten(1)
-            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-            values *= torch.arange(1, len(values) + 1) ** -0.7
-            layer.weight.copy_((left * values @ right).reshape(layer.weight.shape))
+    with_decay(model, initial, 0.7)
     dense = copy.deepcopy(model)
     assert schedule.step(0)
     assert len({layer.rank for layer in schedule.plan.low_rank}) > 2
@@ -163,7 +165,8 @@ def test_no_full_rank_epochs_is_factorized_at_once():
     schedule = lrconvert.SIFD(sifd, 0.08)
     assert (schedule.phase, schedule.switch_epoch, schedule.step(0)) == ("low-rank", 0, False)
     # 0.08 · 32, 64, 64 and 32 is 2.56, 5.12, 5.12 and 2.56: to the nearest, not down
-    assert {layer.name: layer.rank for layer in schedule.plan.low_rank} == dict(conv2=3, conv3=5, conv4=5, hidden=3)
+    ranks = {layer.name: layer.rank for layer in schedule.plan.low_rank}
+    assert ranks == {"conv2": 3, "conv3": 5, "conv4": 5, "hidden": 3}
 
 
 def test_dense_never_switches():
@@ -228,8 +231,9 @@ def test_k_comes_from_profiling(monkeypatch):
     assert schedule.keep_first == 1
 
 
+@pytest.mark.filterwarnings("ignore:no layer gets 1.5 times as fast")  # it depends on the machine
 def test_profiling_for_real():
-    schedule = lrconvert.Cuttlefish(digits_cnn(8), input_shape=INPUT_SHAPE, batch_size=4, keep_last=False, floor=0.0)
+    schedule = lrconvert.Cuttlefish(digits_cnn(8), input_shape=INPUT_SHAPE, batch_size=4, keep_last=False)
     assert {name for stack in schedule.profile.stacks for name in stack.names} == {
         "conv2", "conv3", "conv4", "hidden", "classifier"
     }  # fmt: skip
@@ -241,20 +245,21 @@ def test_profiling_for_real():
 @pytest.mark.parametrize("kind", ["cuttlefish", "pufferfish", "sifd", "dense"])
 def test_a_resumed_run_ends_with_the_same_model(digits, kind, stop, monkeypatch):
     criterion = lrconvert.StabilityCriterion(2, 1, 1e9)
+    few = [each[:640] for each in digits]
 
     def make(model, state=None):
         if kind == "cuttlefish":
-            return lrconvert.Cuttlefish(model, criterion=criterion, rule="scaled_stable_rank", floor=0.1, state=state)
+            return lrconvert.Cuttlefish(model, criterion=criterion, state=state)
         if kind == "pufferfish":
             return lrconvert.Pufferfish(model, 2, state=state)
         return lrconvert.SIFD(model, 0.2, state=state) if kind == "sifd" else lrconvert.Dense(model, state=state)
 
     def run(model, schedule, epochs):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         for epoch in epochs:
-            train(model, optimizer, digits, epoch, batch=900)
+            train(model, optimizer, few, epoch)
             if schedule.step(epoch):
-                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
 
     whole, part, resumed = digits_cnn(), digits_cnn(), digits_cnn()
     schedule = make(whole)
@@ -337,8 +342,8 @@ def run_rank(rank, rendezvous, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     try:
         model = digits_cnn()
-        schedule = lrconvert.Cuttlefish(model, criterion=QUICK, rule="scaled_stable_rank", floor=0.1, keep_first=1)
-        disturb(model)
+        schedule = lrconvert.Cuttlefish(model, criterion=QUICK, rule="scaled_stable_rank", floor=0.1)
+        with_decay(model, schedule.curves.ranks, 0.7)
         with torch.no_grad():
             model.conv3.weight.mul_(1 + 1e-3 * rank)
             model.hidden.weight[0].add_(0.5 * rank)

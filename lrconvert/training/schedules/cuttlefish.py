@@ -119,10 +119,8 @@ class Cuttlefish(LowRankSchedule):
     def _profile(self, candidates: Candidates) -> Profile:
         network = candidates.network
         if network.inputs is None or network.trace is None:
-            why = f": {network.notes[-1]}" if network.notes else ""
-            raise UsageError(
-                f"profiling needs a forward pass{why}; give input_shape, or keep_first instead of batch_size"
-            )
+            why = f" ({network.notes[-1]})" if network.notes else ""
+            raise UsageError(f"no forward pass to profile{why}: give input_shape, or keep_first and no batch_size")
         assert self._batch_size is not None
         return profile(
             self.model,
