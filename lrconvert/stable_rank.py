@@ -1,10 +1,12 @@
 """Stable ranks alone, for training that follows them epoch by epoch: ‖W‖² / σ_max² needs no other singular value.
 
-Both come from the small Gram matrix, whose trace is ‖W‖² and whose largest eigenvalue is σ_max². That eigenvalue is
-found by Lanczos iterations: for a few dozen matrix-vector products, where all eigenvalues take about n of them.
+σ_max² is the largest eigenvalue of W·Wᵀ, found by Lanczos iterations: for a few dozen products with a vector, where
+all eigenvalues take as many as the matrix has rows. On the CPU each product reads W itself, twice: a trained layer
+needs so few that its Gram matrix would take longer to form. On a GPU, where starting a kernel is what takes time, the
+Gram matrices of many layers iterate together.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +16,12 @@ from lrconvert.spectrum import ALWAYS_DOUBLE, SAFE_ENERGY, eigenvalues, gram_of,
 
 # An eigenvalue is accepted once the residual of its vector is at most this, relative to it. For a well separated one
 # the error is then near the square of this; where the next one is closer than this, they are the same for our purpose.
-_RESIDUAL = 5e-7
+_RESIDUAL = 3e-7
+# Rounding of a float32 product with a vector, relative to the eigenvalue: 6e-7 was the most seen.
+_ROUNDING = 1e-6
 # Iterations between two looks at the residual (each waits for the device), and before all eigenvalues are computed.
-# 512×4608 and 512×512 normal weights, the slowest seen in practice, take 64; trained ones 16.
-_LOOK_EVERY, _MOST = 16, 128
+# 512×4608 normal weights take 64; with σ_i ∝ i^-0.3, as after training, 16.
+_LOOK_EVERY, _MOST = 8, 128
 # Elements of the Gram matrices that iterate together on a GPU.
 _TOGETHER = 1 << 24
 
@@ -28,7 +32,10 @@ def stable_rank_of(matrices: Tensor) -> Tensor:
     0 for a zero group, NaN for one with values that are not finite. Computed on the device of `matrices`; the result
     is on the CPU. Neither `matrices` nor the state of any random generator is changed.
     """
-    return _from_grams(_gram(matrices))
+    wide = widened(matrices.detach())
+    if wide.is_cpu and wide.shape[1] > ALWAYS_DOUBLE:
+        return torch.cat([_directly(group) for group in wide])
+    return _from_grams(gram_of(wide, torch.float64))
 
 
 def stable_ranks(views: Sequence[Tensor]) -> list[Tensor]:
@@ -43,14 +50,15 @@ def stable_ranks(views: Sequence[Tensor]) -> list[Tensor]:
     )
     found.update(one_each)
     for indices in _batches(views, set(range(len(views))) - set(on_cpu)):
-        grams = [_gram(views[index]) for index in indices]
+        # In float64: a GPU may be set to round the factors of a float32 product to ten bits (TF32).
+        grams = [gram_of(widened(views[index].detach()), torch.float64) for index in indices]
         ranks = _from_grams(torch.cat(grams)).split([len(gram) for gram in grams])
         found.update(zip(indices, ranks, strict=True))
     return [found[index] for index in range(len(views))]
 
 
 def _batches(views: Sequence[Tensor], indices: Iterable[int]) -> Iterator[list[int]]:
-    """`indices` in groups whose Gram matrices are of one size, for one GPU kernel to do the work of many."""
+    """`indices` in groups whose Gram matrices are of one size, for one kernel to do the work of many."""
     waiting: dict[tuple[int, torch.device], list[int]] = {}
     for index in sorted(indices):
         size = min(views[index].shape[1:])
@@ -61,62 +69,82 @@ def _batches(views: Sequence[Tensor], indices: Iterable[int]) -> Iterator[list[i
     yield from waiting.values()
 
 
-def _gram(matrices: Tensor) -> Tensor:
-    """The small Gram matrices (groups, small, small) in float64."""
-    wide = widened(matrices.detach())
-    # A float32 product is off by 2e-7 at most, but a GPU may be set to round its factors to ten bits (TF32).
-    if wide.is_cpu and wide.dtype == torch.float32:
-        gram = gram_of(wide, torch.float32).double()
-        energy = _trace(gram)
-        if bool(((energy > SAFE_ENERGY[0]) & (energy < SAFE_ENERGY[1])).all()):
-            return gram
-    return gram_of(wide, torch.float64)
+def _directly(wide: Tensor) -> Tensor:
+    """Stable rank (1,) of one matrix (small, large)."""
+    energy = (wide * wide).sum(dim=1).double().sum()
+    if SAFE_ENERGY[0] < energy < SAFE_ENERGY[1]:
+        top, converged = _largest_eigenvalues(lambda vector: _through(wide, vector), 1, wide.shape[0], wide.device)
+        if bool(converged):
+            return energy / top
+    gram = gram_of(wide[None], torch.float64)
+    return _ranks(gram, lambda scaled: eigenvalues(scaled)[:, 0])
 
 
-def _trace(gram: Tensor) -> Tensor:
-    return gram.diagonal(dim1=1, dim2=2).sum(dim=1)
+def _through(wide: Tensor, vectors: Tensor) -> Tensor:
+    """W·Wᵀ times the one vector in `vectors` (1, small), in the precision of W."""
+    return torch.mv(wide, torch.mv(wide.mT, vectors[0].to(wide.dtype)))[None].double()
 
 
 def _from_grams(gram: Tensor) -> Tensor:
-    """Stable ranks (count,) on the CPU from Gram matrices (count, n, n)."""
-    energy = _trace(gram)
+    """Stable ranks (count,) on the CPU from Gram matrices (count, small, small) in float64."""
+    small = gram.shape[1] <= ALWAYS_DOUBLE
+    return _ranks(gram, lambda scaled: eigenvalues(scaled.cpu())[:, 0] if small else _iterated_together(scaled))
+
+
+def _ranks(gram: Tensor, largest: Callable[[Tensor], Tensor]) -> Tensor:
+    energy = gram.diagonal(dim1=1, dim2=2).sum(dim=1)
     usable = torch.isfinite(energy) & (energy > 0)
     # A multiple of a matrix has the same stable rank: none of these can over- or underflow.
-    gram = torch.where(usable[:, None, None], gram / torch.where(usable, energy, 1.0)[:, None, None], 0.0)
-    top = eigenvalues(gram.cpu())[:, 0] if gram.shape[1] <= ALWAYS_DOUBLE else _largest_eigenvalues(gram)
-    energy, usable = energy.cpu(), usable.cpu()
+    scaled = torch.where(usable[:, None, None], gram / torch.where(usable, energy, 1.0)[:, None, None], 0.0)
+    top, energy, usable = largest(scaled), energy.cpu(), usable.cpu()
     return torch.where(usable, 1 / torch.where(usable, top, 1.0), torch.where(energy == 0, 0.0, torch.nan))
 
 
-def _largest_eigenvalues(gram: Tensor) -> Tensor:
-    """The largest eigenvalue of each matrix (count,) on the CPU.
+def _iterated_together(gram: Tensor) -> Tensor:
+    """The largest eigenvalue of each Gram matrix (count,) on the CPU."""
+    count, size, _ = gram.shape
+    # From the left, as they are symmetric: torch has the faster product for that.
+    top, converged = _largest_eigenvalues(
+        lambda vectors: torch.bmm(vectors[:, None, :], gram)[:, 0], count, size, gram.device
+    )
+    if not bool(converged.all()):
+        top[~converged] = eigenvalues(gram[(~converged).to(gram.device)].cpu())[:, 0]
+    return top
+
+
+def _largest_eigenvalues(
+    multiply: Callable[[Tensor], Tensor], count: int, size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(eigenvalue, whether it converged), each (count,) on the CPU, of symmetric matrices, in float64.
 
     Lanczos iterations without reorthogonalisation: what they lose is the other eigenvalues, which come out several
     times, while the largest stays as accurate as the arithmetic (Paige 1980, https://doi.org/10.1016/0024-3795(80)90167-6).
+
+    Args:
+        multiply: (count, size) vectors to their products with the matrices.
+        count, size: matrices, and rows of each.
+        device: where `multiply` computes.
     """
-    count, size, _ = gram.shape
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(size, generator=generator, dtype=torch.float64).to(gram.device).expand(count, size)
-    vector, before = start / torch.linalg.vector_norm(start, dim=1, keepdim=True), torch.zeros_like(start)
-    beta = torch.zeros(count, 1, dtype=torch.float64, device=gram.device)
+    start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vector = (start / torch.linalg.vector_norm(start)).to(device).expand(count, size)
+    before = torch.zeros_like(vector)
+    beta = torch.zeros(count, 1, dtype=torch.float64, device=device)
     diagonal, off = [], []
-    for iteration in range(1, _MOST + 1):
-        # From the left, as the matrices are symmetric: torch's product on the CPU is eight times as fast that way.
-        image = torch.bmm(vector[:, None, :], gram)[:, 0] - beta * before
+    while True:
+        image = multiply(vector)
         alpha = (image * vector).sum(dim=1, keepdim=True)
-        image = image - alpha * vector
+        image = image - alpha * vector - beta * before
         beta = torch.linalg.vector_norm(image, dim=1, keepdim=True)
-        # Zero where the vectors so far span an invariant space: then what follows is zero, and adds nothing.
-        before, vector = vector, image / torch.where(beta > 0, beta, 1.0)
+        # Where the vectors so far span an invariant space only rounding is left: zeros add nothing from here on.
+        beta = torch.where(beta > _ROUNDING * alpha, beta, 0.0)
+        before, vector = vector, torch.where(beta > 0, image / torch.where(beta > 0, beta, 1.0), 0.0)
         diagonal.append(alpha)
         off.append(beta)
-        if iteration % _LOOK_EVERY == 0:
+        if len(off) % _LOOK_EVERY == 0:
             top, residual = _largest_ritz_value(torch.cat(diagonal, 1).cpu(), torch.cat(off, 1).cpu())
-            bad = residual > _RESIDUAL * top
-            if not bool(bad.any()):
-                return top
-    top[bad] = eigenvalues(gram[bad.to(gram.device)].cpu())[:, 0]
-    return top
+            converged = residual <= _RESIDUAL * top
+            if bool(converged.all()) or len(off) >= _MOST:
+                return top, converged
 
 
 def _largest_ritz_value(diagonal: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,19 +59,21 @@ def test_zero_groups_and_values_that_are_not_finite(size):
 
 def test_all_eigenvalues_where_the_iterations_do_not_converge(monkeypatch):
     groups = torch.stack([with_spectrum(FULL, 400, SPECTRA[name]) for name in ("decay 2", "linear")])
-    monkeypatch.setattr(lrconvert.stable_rank, "_MOST", 16)  # enough for the first, and not for the second
+    monkeypatch.setattr(lrconvert.stable_rank, "_MOST", 8)  # enough for the first, and not for the second
     torch.testing.assert_close(stable_rank_of(groups), by_svd(groups), rtol=1e-6, atol=0)
+    grams = groups @ groups.mT
+    torch.testing.assert_close(lrconvert.stable_rank._from_grams(grams), by_svd(groups), rtol=1e-6, atol=0)
 
 
-def test_matrices_iterate_together_as_alone(monkeypatch):
+def test_layers_that_iterate_together(monkeypatch):
     # as on a GPU, in batches of no more than two matrices of 130×130
     views = [torch.randn(groups, 130 + wide, 130, dtype=torch.float64) for groups, wide in ((1, 0), (3, 9), (1, 40))]
-    alone = stable_ranks(views)
     monkeypatch.setattr(lrconvert.stable_rank, "_TOGETHER", 2 * 130**2)
-    batches = list(lrconvert.stable_rank._batches(views, {2, 0, 1}))
-    assert batches == [[0, 1], [2]]
-    grams = torch.cat([lrconvert.stable_rank._gram(view) for view in views])
-    torch.testing.assert_close(lrconvert.stable_rank._from_grams(grams), torch.cat(alone), rtol=1e-9, atol=0)
+    assert list(lrconvert.stable_rank._batches(views, {2, 0, 1})) == [[0, 1], [2]]
+    grams = torch.cat([view.mT @ view for view in views])
+    expected = torch.cat([by_svd(view) for view in views])
+    torch.testing.assert_close(lrconvert.stable_rank._from_grams(grams), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.cat(stable_ranks(views)), expected, rtol=1e-6, atol=0)
 
 
 def test_nothing_but_the_result_changes():
