@@ -14,9 +14,8 @@ from torch import Tensor
 from lrconvert.parallel import map_layers
 from lrconvert.spectrum import ALWAYS_DOUBLE, SAFE_ENERGY, eigenvalues, gram_of, widened
 
-# An eigenvalue is accepted once the residual of its vector is at most this, relative to it. For a well separated one
-# the error is then near the square of this; where the next one is closer than this, they are the same for our purpose.
-_RESIDUAL = 3e-7
+# An eigenvalue is accepted once it is known to be off by no more than this, relative to it.
+_TOLERANCE = 3e-7
 # Rounding of a float32 product with a vector, relative to the eigenvalue: 6e-7 was the most seen.
 _ROUNDING = 1e-6
 # Iterations between two looks at the residual (each waits for the device), and before all eigenvalues are computed.
@@ -141,14 +140,20 @@ def _largest_eigenvalues(
         diagonal.append(alpha)
         off.append(beta)
         if len(off) % _LOOK_EVERY == 0:
-            top, residual = _largest_ritz_value(torch.cat(diagonal, 1).cpu(), torch.cat(off, 1).cpu())
-            converged = residual <= _RESIDUAL * top
+            top, bound = _largest_ritz_value(torch.cat(diagonal, 1).cpu(), torch.cat(off, 1).cpu())
+            converged = bound <= _TOLERANCE * top
             if bool(converged.all()) or len(off) >= _MOST:
                 return top, converged
 
 
 def _largest_ritz_value(diagonal: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
-    """(value, residual of its vector), each (count,), of tridiagonal matrices of `diagonal` (count, k) and `off`."""
+    """(value, how far off it is at most), each (count,), of tridiagonal matrices of `diagonal` (count, k) and `off`.
+
+    A value is off by at most the residual ρ of its vector, and by at most ρ² / gap to the next one (Kato–Temple;
+    Parlett, The Symmetric Eigenvalue Problem, section 4.5): far less where it is well separated.
+    """
     matrix = torch.diag_embed(diagonal) + torch.diag_embed(off[:, :-1], 1) + torch.diag_embed(off[:, :-1], -1)
     values, vectors = torch.linalg.eigh(matrix)
-    return values[:, -1], off[:, -1] * vectors[:, -1, -1].abs()
+    residual = off[:, -1] * vectors[:, -1, -1].abs()
+    gap = values[:, -1] - values[:, -2] - residual
+    return values[:, -1], torch.where(gap > residual, residual**2 / gap, residual)

@@ -1,6 +1,6 @@
 """`demo`: the whole job on the digits that scikit-learn ships, small enough for any machine."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,16 +9,26 @@ from torch import Tensor, nn
 from lrconvert.api.analyze import analyze, analyze_record
 from lrconvert.api.export import export
 from lrconvert.api.factorize import factorize, make_plan
+from lrconvert.api.train import finetune, train
 from lrconvert.checkpoints.atomic import check_writable
 from lrconvert.cost import measure_latency, trace
-from lrconvert.errors import LrconvertError
 from lrconvert.inputs import one_input
-from lrconvert.loading import load, save
-from lrconvert.models.zoo.digits_cnn import INPUT_SHAPE, DigitsCNN
+from lrconvert.loading import load
+from lrconvert.models.zoo.digits_cnn import INPUT_SHAPE
 from lrconvert.report.record import DemoRecord, DemoStep, Record
+from lrconvert.training.data import Loader, open_dataset
+from lrconvert.training.run import BEST
 
 BATCH_SIZE = 64
-MODEL = "zoo/digits_cnn"
+RECIPE = {
+    "model": "zoo/digits_cnn",
+    "dataset": "digits",
+    "epochs": 8,
+    "batch_size": BATCH_SIZE,
+    "opt": "adamw",
+    "lr": 2e-3,
+    "sched": "cosine",
+}
 
 
 def run_demo(
@@ -34,7 +44,7 @@ def run_demo(
     Args:
         folder: where the checkpoints and the ONNX graph go; made if it is missing.
         overwrite: replace what an earlier demo wrote there.
-        seed: of weights, split and batches.
+        seed: of weights and batches.
         show: called with the record of each verb on the way.
         say: called with a line of text before each step.
 
@@ -43,77 +53,48 @@ def run_demo(
         OutputExistsError: a file of the demo exists in `folder`.
     """
     folder = Path(folder)
-    files = {name: folder / f"{name}.safetensors" for name in ("dense", "lowrank", "finetuned")}
-    graph = folder / "finetuned.onnx"
-    train, test = _digits(seed)
+    dense, finetuned = folder / "dense" / BEST, folder / "finetuned" / BEST
+    low_rank, graph = folder / "lowrank.safetensors", folder / "finetuned.onnx"
+    digits = open_dataset("digits")
+    assert digits.test is not None
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (*files.values(), graph):
+    for path in (low_rank, graph):
         check_writable(path, overwrite)
-    torch.manual_seed(seed)
 
-    say(f"1. Train a dense network on {len(train[0])} digits; {len(test[0])} others are held out.")
-    dense = DigitsCNN()
-    _train(dense, train, epochs=8, learning_rate=2e-3)
-    save(dense, files["dense"], architecture=MODEL, overwrite=overwrite)
+    say(f"1. Train a dense network on {len(digits.train):,} digits; {len(digits.test)} others are for the test.")
+    train({**RECIPE, "seed": seed}, dense.parent, overwrite=overwrite)
 
-    say(f"\n2. lrconvert analyze {files['dense']}")
-    analysis = analyze(files["dense"])
+    say(f"\n2. lrconvert analyze {dense}")
+    analysis = analyze(dense)
     if show:
         show(analyze_record(analysis))
 
-    say(f"\n3. lrconvert factorize {files['dense']} -o {files['lowrank']} --auto")
-    record = factorize(files["dense"], make_plan(analysis), output=files["lowrank"], overwrite=overwrite)
+    say(f"\n3. lrconvert factorize {dense} -o {low_rank} --auto")
+    record = factorize(dense, make_plan(analysis), output=low_rank, overwrite=overwrite)
     if show:
         show(record)
 
-    say("\n4. Fine-tune the factors for three epochs.")
-    low_rank = load(files["lowrank"])
-    finetuned = load(files["lowrank"])
-    _train(finetuned, train, epochs=3, learning_rate=1e-3)
-    save(finetuned, files["finetuned"], architecture=MODEL, overwrite=overwrite)
+    say(f"\n4. lrconvert finetune {low_rank} --dataset digits --teacher {dense} -o {finetuned.parent}")
+    finetune(
+        low_rank,
+        finetuned.parent,
+        dataset="digits",
+        teacher=str(dense),
+        batch_size=BATCH_SIZE,
+        lr=1e-3,
+        seed=seed,
+        overwrite=overwrite,
+    )
 
-    say(f"\n5. lrconvert export {files['finetuned']} -o {graph} --format onnx")
-    exported = export(files["finetuned"], graph, "onnx", overwrite=overwrite)
+    say(f"\n5. lrconvert export {finetuned} -o {graph} --format onnx")
+    exported = export(finetuned, graph, "onnx", overwrite=overwrite)
     if show:
         show(exported)
 
     say("\n6. Side by side")
-    return _measure(folder, files, graph, (dense, low_rank, finetuned), test)
-
-
-def _digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(images (n, 1, 8, 8) from 0 to 1, labels (n,)) for training, and the same for testing: every fifth digit."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise LrconvertError("the demo needs scikit-learn: pip install 'lrconvert[demo]'") from None
-    data = load_digits()
-    images = torch.from_numpy(data.images).float()[:, None] / 16
-    labels = torch.from_numpy(data.target).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    held_out = len(labels) // 5
-    test, train = order[:held_out], order[held_out:]
-    return (images[train], labels[train]), (images[test], labels[test])
-
-
-def _train(model: nn.Module, data: tuple[Tensor, Tensor], epochs: int, learning_rate: float) -> None:
-    """Train with AdamW and a cosine schedule; the model is left in eval mode."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    steps = epochs * -(-len(data[0]) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
-    for _ in range(epochs):
-        for images, labels in _batches(data):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
-
-
-def _batches(data: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    for chosen in torch.randperm(len(data[0])).split(BATCH_SIZE):
-        yield data[0][chosen], data[1][chosen]
+    files = {"dense": dense, "lowrank": low_rank, "finetuned": finetuned}
+    test = next(Loader(digits.test, batch_size=len(digits.test), seed=0).once())
+    return _measure(folder, files, graph, (load(dense), load(low_rank), load(finetuned)), test)
 
 
 def _measure(

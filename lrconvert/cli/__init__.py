@@ -10,7 +10,6 @@ import typer
 
 import lrconvert
 from lrconvert.cli import analyze, compare, demo, evaluate, export, factorize, finetune, info, recipes, train
-from lrconvert.cli.memory import return_freed_memory
 from lrconvert.errors import LrconvertError
 
 app = typer.Typer(
@@ -58,7 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "σ" shows "?" instead of failing
-    return_freed_memory()
     try:
         result = app(args=None if arguments is None else list(arguments), prog_name="lrconvert", standalone_mode=False)
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """`lrconvert analyze`."""
 
 from lrconvert.cli import options
+from lrconvert.cli.memory import return_freed_memory
 
 
 def analyze(
@@ -28,6 +29,7 @@ def analyze(
     from lrconvert.checkpoints import open_checkpoint
     from lrconvert.cli.output import Sink
 
+    return_freed_memory()
     sink = Sink(as_json, as_csv, quiet, verbose)
     with sink.progress() as progress:
         analysis = run(

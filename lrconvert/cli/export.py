@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from lrconvert.cli import options
+from lrconvert.cli.memory import return_freed_memory
 
 
 def export(
@@ -40,6 +41,7 @@ def export(
     from lrconvert.checkpoints import open_checkpoint
     from lrconvert.cli.output import Sink
 
+    return_freed_memory()
     sink = Sink(as_json, as_csv, quiet, verbose)
     with sink.progress() as progress:
         record = lrconvert.export(

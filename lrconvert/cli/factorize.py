@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lrconvert.cli import options
+from lrconvert.cli.memory import return_freed_memory
 from lrconvert.errors import UsageError
 
 
@@ -122,6 +123,7 @@ def factorize(
     from lrconvert.network import open_network
     from lrconvert.plan import load_plan
 
+    return_freed_memory()
     sink = Sink(as_json, as_csv, quiet, verbose)
     network = open_network(
         open_checkpoint(checkpoint, checkpoint_key),

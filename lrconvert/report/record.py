@@ -337,7 +337,7 @@ class TrainRecord(Record):
         seconds: the whole run, with everything.
         full_rank, low_rank: time by phase.
         tracking_seconds, profiling_seconds, switch_seconds: of rank curves, of choosing K, and of the switch.
-        tracking_share: tracking over all training time before the switch.
+        tracking_share: tracking after full-rank epochs over the training in them; the initial measurement is not in it.
         traffic: between processes; empty for one process.
         notes: what a user should know.
         curves: layer to its stable rank at initialisation and after each full-rank epoch.

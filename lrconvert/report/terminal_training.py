@@ -46,8 +46,10 @@ def render_train(record: records.TrainRecord, console: Console, wide: bool, verb
     for name, phase in (("full rank", record.full_rank), ("low rank", record.low_rank)):
         if phase.epochs:
             times.add_row(name, str(phase.epochs), f"{phase.seconds:.1f} s", f"{phase.images_per_second or 0:,.0f}")
+    if record.tracking_share is not None:
+        share = f"{record.tracking_share:.3%} of an epoch"
+        times.add_row("rank tracking", "", f"{record.tracking_seconds:.3g} s", share)
     for name, seconds in (
-        ("rank tracking", record.tracking_seconds),
         ("profiling for K", record.profiling_seconds),
         ("the switch", record.switch_seconds),
     ):

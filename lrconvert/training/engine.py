@@ -152,7 +152,7 @@ class Engine:
         first_rate = self.learning_rate.at(epoch)
         self.model.train()
         try:
-            self._steps(every, save)
+            self.train_steps(every, save)
         except torch.OutOfMemoryError:
             raise LrconvertError(self._too_large()) from None
         started = time.perf_counter()
@@ -190,7 +190,7 @@ class Engine:
         progress.images = 0
         return metrics
 
-    def _steps(self, every: int | None, save: Callable[[], None] | None) -> None:
+    def train_steps(self, every: int | None = None, save: Callable[[], None] | None = None) -> None:
         """The steps that are left of the epoch; `progress` sums up whenever all processes stop to look together."""
         recipe, progress = self.recipe, self.progress
         epoch, steps = progress.epoch, self.loader.steps

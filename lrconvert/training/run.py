@@ -202,7 +202,10 @@ class Run:
         times = {phase: _phase(history, phase) for phase in ("full-rank", "low-rank")}
         after = _traced(model, self.dataset)
         seconds = self.seconds_before + time.perf_counter() - self.started
-        trained = sum(each.train_seconds for each in history if each.phase == "full-rank")
+        full_rank = [each for each in history if each.phase == "full-rank"]
+        trained, tracked = (
+            sum(getattr(each, f"{what}_seconds") for each in full_rank) for what in ("train", "tracking")
+        )
         return TrainRecord(
             output=str(self.folder),
             model=recipe.model or architecture_of(recipe)[0] or str(recipe.checkpoint),
@@ -229,7 +232,7 @@ class Run:
             tracking_seconds=schedule.tracking_seconds,
             profiling_seconds=schedule.profiling_seconds,
             switch_seconds=schedule.switch_seconds,
-            tracking_share=schedule.tracking_seconds / trained if trained and schedule.curves is not None else None,
+            tracking_share=tracked / trained if schedule.curves is not None and trained else None,
             traffic=engine.traffic_figures(),
             notes=tuple(schedule.notes),
             curves={name: tuple(curve) for name, curve in schedule.curves.ranks.items()} if schedule.curves else {},

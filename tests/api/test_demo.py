@@ -21,7 +21,7 @@ def test_the_demo_does_the_whole_job(tmp_path):
     assert graph.accuracy == tuned.accuracy
     assert [each.command for each in shown] == ["analyze", "factorize", "export"]
     assert len(said) == 6
-    loaded = lrconvert.load(tmp_path / "demo" / "finetuned.safetensors")
+    loaded = lrconvert.load(tmp_path / "demo" / "finetuned" / "best.safetensors")
     assert sum(parameter.numel() for parameter in loaded.parameters()) == tuned.num_params
-    with pytest.raises(OutputExistsError, match=r"dense\.safetensors exists"):
+    with pytest.raises(OutputExistsError, match=r"lowrank\.safetensors exists"):
         run_demo(tmp_path / "demo")

@@ -1,6 +1,5 @@
 """Runs that are killed by the system, twenty times, and end with the weights of one that never was."""
 
-import contextlib
 import multiprocessing
 import os
 import random
@@ -34,9 +33,7 @@ RECIPE = make_recipe(
 
 def train(folder):
     torch.set_num_threads(1)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder)
-    run(RECIPE, folder, resume=os.path.exists(os.path.join(folder, "recipe.yaml")))
+    run(RECIPE, folder, resume=(folder / "recipe.yaml").exists())
 
 
 def weights(folder):

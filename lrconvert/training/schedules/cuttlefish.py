@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrconvert.errors import UsageError
 from lrconvert.layers import Layer
@@ -148,10 +148,7 @@ class Cuttlefish(LowRankSchedule):
         self.tracking_seconds += self._now() - started
 
     def _stable_ranks(self) -> dict[str, float]:
-        views = [
-            layer.layout.matrices(self.model.get_parameter(layer.weight).detach(), layer.groups)
-            for layer in self._tracked
-        ]
+        views = [_matrices(layer, self.model.get_parameter(layer.weight).detach()) for layer in self._tracked]
         found = {}
         for layer, view, ranks in zip(self._tracked, views, stable_ranks(views), strict=True):
             if bool(ranks.isnan().any()):
@@ -174,6 +171,13 @@ class Cuttlefish(LowRankSchedule):
         assert self.curves is not None
         initial = {name: curve[0] for name, curve in self.curves.ranks.items()}
         return {layer.name: xi_from(layer, initial[layer.name]) for layer in candidates.layers if layer.name in initial}
+
+
+def _matrices(layer: Layer, weight: Tensor) -> Tensor:
+    """The matrices of `weight`, their columns in whatever order spares a copy: singular values do not depend on it."""
+    if layer.kind == "conv2d" and layer.view == "channel" and not weight.is_contiguous():
+        weight = weight.permute(0, 2, 3, 1)  # contiguous if the weight is channels_last
+    return layer.layout.matrices(weight, layer.groups)
 
 
 def _unsettled(curves: RankCurves) -> str:
