@@ -166,9 +166,9 @@ def _rank_ratio(evidence: Evidence, rho: float) -> int:
     return int(rho * evidence.layer.full_rank + 1e-9)
 
 
-@_rule("rounded_ratio", "rank / full rank to the nearest whole rank, as SI&FD takes it", 0.25, 0, 1)
-def _rounded_ratio(evidence: Evidence, rho: float) -> int:
-    return round(rho * evidence.layer.full_rank)
+@_rule("row_ratio", "rank / rows of the matrix view, to the nearest whole rank, as SI&FD takes it", 0.25, 0, 1)
+def _row_ratio(evidence: Evidence, rho: float) -> int:
+    return round(rho * evidence.layer.matrix_shape[0])
 
 
 @_rule("rank", "the same rank in every layer", None, 0, 2**31, whole=True)

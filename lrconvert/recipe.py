@@ -95,7 +95,12 @@ class CuttlefishSettings(PlanSettings):
 
 
 class SIFDSettings(PlanSettings):
-    """Factorize the initial weights (spectral initialisation) and train with Frobenius decay (Khodak et al. 2021)."""
+    """Factorize the initial weights (spectral initialisation) and train with Frobenius decay (Khodak et al. 2021).
+
+    Attributes:
+        rank_ratio: ρ, rank / rows of the matrix view.
+        view: "channel", the matrix (out, in·kh·kw); "spatial", (out·kh, in·kw), as the authors have it.
+    """
 
     method: Literal["sifd"]
     rank_ratio: Annotated[float, Field(gt=0, le=1)] = 0.25

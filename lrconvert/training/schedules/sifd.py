@@ -16,7 +16,8 @@ class SIFD(LowRankSchedule):
 
     Args:
         model: the bare model, with its initial weights. It is factorized here and now: build the optimizer after.
-        rank_ratio: rank / full rank of the matrix view in use, rounded to the nearest rank, at least 1.
+        rank_ratio: ρ; the rank is ρ times the rows of the matrix view (out, or out·kh in the spatial view), to the
+            nearest, at least 1.
         keep_first: K, the leading layers that stay dense.
         input_shape: shape of one input without the batch, to know the order of the layers from a forward pass.
         state: what `state_dict` returned, to go on from it.
@@ -36,7 +37,7 @@ class SIFD(LowRankSchedule):
         state: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(model, input_shape, f"rounded_ratio={rank_ratio}", {"keep_first": keep_first, **settings})
+        super().__init__(model, input_shape, f"row_ratio={rank_ratio}", {"keep_first": keep_first, **settings})
         self._begin(state)
 
     def _start(self) -> None:
