@@ -43,7 +43,7 @@ def main() -> None:
         "\n" + common.table(["", *next(iter(rows.values()))], [[name, *cells.values()] for name, cells in rows.items()])
     )
     print(
-        "\naccuracy: test images, mean ± standard deviation; time: end to end, mean; × : dense time / time, seed by seed"
+        "\naccuracy: on test images, mean ± standard deviation; time: end to end, mean; ×: dense time / time, by seed"
     )
     record = {
         "environment": common.environment("accelerate"),

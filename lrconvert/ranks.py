@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lrconvert.errors import UnknownNameError, UsageError
 from lrconvert.layers import Layer
+from lrconvert.noise import Values, hard_threshold_rank, variational_bayes_rank
 from lrconvert.spectrum import Spectrum
 
 
@@ -174,6 +175,26 @@ def _row_ratio(evidence: Evidence, rho: float) -> int:
 @_rule("rank", "the same rank in every layer", None, 0, 2**31, whole=True)
 def _rank(_: Evidence, rank: float) -> int:
     return int(rank)
+
+
+@_rule("effective_rank", "exp of the entropy of σ/Σσ (Roy & Vetterli 2007)")
+def _effective_rank(evidence: Evidence, _: float) -> int:
+    return _ceil(evidence.spectrum.effective_rank())
+
+
+@_rule("hard_threshold", "singular values above Gavish and Donoho's optimal threshold for unknown noise")
+def _hard_threshold(evidence: Evidence, _: float) -> int:
+    return _most_of(evidence, hard_threshold_rank)
+
+
+@_rule("vbmf", "rank of empirical variational Bayes matrix factorization (Nakajima et al. 2013)")
+def _vbmf(evidence: Evidence, _: float) -> int:
+    return _most_of(evidence, variational_bayes_rank)
+
+
+def _most_of(evidence: Evidence, rank: Callable[[Values, int, int], int]) -> int:
+    """The largest `rank` over the groups."""
+    return max(rank(values.numpy(), *evidence.layer.matrix_shape) for values in evidence.spectrum.values)
 
 
 @_rule("auto", "Cuttlefish: scaled stable rank, for linear layers at least accumulative rank 0.8")

@@ -70,6 +70,15 @@ class Spectrum:
         """Smallest r with σ₁² + … + σ_r² ≥ e · Σσ², the largest over groups."""
         return _smallest_rank(self.values**2, e)
 
+    def effective_rank(self) -> float:
+        """exp of the entropy of σ/Σσ, the largest over groups, from 1 to full rank; 0 for a zero weight.
+
+        Roy & Vetterli 2007, https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf.
+        """
+        shares = self.values / self.values.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        entropies = -torch.xlogy(shares, shares).sum(dim=1)
+        return 0.0 if self.is_zero else float(entropies.exp().max())
+
     def error(self, rank: int) -> float:
         """‖W − W_r‖ / ‖W‖ of the best approximation of `rank` per group (Eckart–Young); 0 for a zero weight."""
         total = float((self.values**2).sum())

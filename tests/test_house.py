@@ -13,7 +13,7 @@ PACKAGE = Path(lrconvert.__file__).parent
 
 # Rooms from the ground up: a room may import its own floor and those below it.
 FLOORS = [
-    {"errors"},
+    {"errors", "noise"},
     {"recipe", "recipes"},
     {"inputs", "layers", "patterns", "parallel", "tensors"},
     {"spectrum", "stable_rank"},

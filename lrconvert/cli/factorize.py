@@ -30,7 +30,7 @@ def factorize(
         str | None,
         typer.Option(
             "--rule",
-            help="auto, stable_rank, scaled_stable_rank, accumulative=0.8, energy=0.9, rank_ratio=0.25 or rank=64.",
+            help="auto, stable_rank, scaled_stable_rank, effective_rank, hard_threshold, vbmf, accumulative=0.8, …",
             metavar="NAME[=NUMBER]",
         ),
     ] = None,
