@@ -42,10 +42,10 @@ def main() -> None:
 
     from lrconvert.models import find_architecture
     from lrconvert.recipe import make_recipe
+    from lrconvert.training.build import dataset_of
     from lrconvert.training.engine import Engine
     from lrconvert.training.events import Listener
     from lrconvert.training.processes import accelerated
-    from lrconvert.training.run import dataset_of
     from lrconvert.training.schedules import Dense
 
     recipe = make_recipe(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lrconvert.errors import LrconvertError, UsageError
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -38,7 +39,7 @@ class PlanSettings(Settings):
 
     Attributes:
         keep_first: K, leading layers that stay dense; None for the method's own choice.
-        extra_norm: put a BatchNorm between the two factors (Cuttlefish section 3.4).
+        extra_norm: put a BatchNorm between the two factors (Cuttlefish section 4.1).
         frobenius_decay: decay ‖VU‖² of the factors instead of each factor, by `weight_decay`.
     """
 
@@ -56,7 +57,7 @@ class PlanSettings(Settings):
     @model_validator(mode="after")
     def _not_both(self) -> Self:
         if self.extra_norm and self.frobenius_decay:
-            raise ValueError("extra_norm and frobenius_decay exclude each other (Cuttlefish section 3.4): choose one")
+            raise ValueError("extra_norm and frobenius_decay exclude each other (Cuttlefish section 4.1): choose one")
         return self
 
 
@@ -90,7 +91,7 @@ class CuttlefishSettings(PlanSettings):
     window: Count = 15
     mean_of: Count = 11
     epsilon: Positive = 0.1
-    relax: tuple[tuple[Count, Positive], ...] = ((2, 2.5), (1, 5.0))
+    relax: tuple[tuple[Count, Positive], ...] = ((1, 5.0), (2, 2.5))
     max_full_rank_epochs: Count | None = None
 
 
@@ -208,7 +209,7 @@ class Recipe(Settings):
     lr: Positive
     momentum: Share = 0.9
     nesterov: bool = False
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: NotNegative = 0.0
     sched: Literal["constant", "multistep", "cosine", "plateau"] = "constant"
     warmup_epochs: NotNegative = 0.0
@@ -239,9 +240,18 @@ class Recipe(Settings):
             raise ValueError("name a model (torchvision/resnet18) or a checkpoint to start from")
         if self.opt == "signum" and (self.clip_grad or self.amp == "fp16" or self.low_rank.frobenius_decay):
             raise ValueError("opt: signum moves by signs, which clip_grad, amp: fp16 and frobenius_decay would change")
-        full_rank_epochs = getattr(self.low_rank, "full_rank_epochs", 0)
-        if full_rank_epochs >= self.epochs:
-            raise ValueError(f"low_rank.full_rank_epochs is {full_rank_epochs}, but the run has {self.epochs} epochs")
+        for name in ("full_rank_epochs", "max_full_rank_epochs"):
+            full_rank_epochs = getattr(self.low_rank, name, None) or 0
+            if full_rank_epochs >= self.epochs:
+                raise ValueError(f"low_rank.{name} is {full_rank_epochs}, but the run has {self.epochs} epoch(s)")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum above 0")
+        if self.amp == "fp16" and self.compression.method == "powersgd":
+            raise ValueError("compression: powersgd remembers errors, which an overflow under amp: fp16 would spoil")
+        if self.lr_at_switch == "rewarm" and not self.warmup_epochs:
+            raise ValueError("lr_at_switch: rewarm needs warmup_epochs above 0")
+        if self.lr_at_switch == "factor" and self.lr_switch_factor == 1:
+            raise ValueError("lr_at_switch: factor needs lr_switch_factor, another than 1")
         return self
 
 
@@ -290,6 +300,8 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys to values")
     base = fields.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise UsageError(f"{path}: base is a file name, not {base!r}")
     return fields if base is None else _merged(_read((path.parent / base).resolve(), (*above, path.resolve())), fields)
 
 

@@ -17,7 +17,7 @@ from lrconvert.loading import load
 from lrconvert.models.zoo.digits_cnn import INPUT_SHAPE
 from lrconvert.report.record import DemoRecord, DemoStep, Record
 from lrconvert.training.data import Loader, open_dataset
-from lrconvert.training.run import BEST
+from lrconvert.training.folder import BEST
 
 BATCH_SIZE = 64
 RECIPE = {

@@ -12,11 +12,13 @@ from lrconvert.errors import UsageError
 from lrconvert.loading import load
 from lrconvert.network import open_network
 from lrconvert.recipe import Recipe, load_recipe, make_recipe
+from lrconvert.recipes import find_recipe
 from lrconvert.report.record import EvaluateRecord, TrainRecord
+from lrconvert.training.build import check_together, dataset_of
 from lrconvert.training.evaluation import evaluate_model, placed, split_loader
 from lrconvert.training.events import Listener
 from lrconvert.training.processes import accelerated
-from lrconvert.training.run import dataset_of, run
+from lrconvert.training.run import run
 
 # Fine-tuning without a recipe: a short run that suits factors of a trained network.
 _FINETUNE = {
@@ -43,7 +45,7 @@ def train(
     """Train a network, from full rank to low rank.
 
     Args:
-        recipe: a YAML file, a `Recipe`, or its fields.
+        recipe: a YAML file, the name of a recipe that comes with lrconvert, a `Recipe`, or its fields.
         output: folder for weights, state, log and report; see `lrconvert.training.run`.
         overrides: "key=value" texts that overrule the recipe.
         resume, overwrite, listener: see `lrconvert.training.run.run`.
@@ -53,7 +55,7 @@ def train(
         LrconvertError: training cannot go on; the message says why and from where to resume.
     """
     if isinstance(recipe, str | Path):
-        recipe = load_recipe(recipe, overrides)
+        recipe = load_recipe(find_recipe(str(recipe)), overrides)
     elif isinstance(recipe, Recipe):
         recipe = make_recipe(recipe.model_dump(), overrides) if overrides else recipe
     else:
@@ -124,9 +126,11 @@ def evaluate(
         found = load(checkpoint, recipe.model, model_args=recipe.model_args or None).to(accelerator.device)
         if recipe.channels_last:
             found = found.to(memory_format=torch.channels_last)
+        check_together(found, images)
         source = images.test if images.test is not None else images.validation
-        loss, accuracy = evaluate_model(found, source, recipe, accelerator)
-        batch = placed(next(split_loader(source, recipe, accelerator).once())[0], recipe, accelerator)
+        loader = split_loader(source, recipe, accelerator)
+        loss, accuracy = evaluate_model(found, loader, recipe, accelerator)
+        batch = placed(next(loader.once())[0], recipe, accelerator)
 
         def call() -> None:
             with torch.no_grad(), accelerator.autocast():

@@ -102,6 +102,11 @@ def write_torch(path: Path, tensors: Iterable[tuple[str, Tensor]], order: Iterab
     content: dict[str, Any] = {"state_dict": {key: made[key] for key in order}}
     if header is not None:
         content[KEY] = header.model_dump_json(exclude_defaults=True)
+    save_torch(content, path)
+
+
+def save_torch(content: Any, path: Path) -> None:
+    """torch.save, raising OSError for what is the system's fault."""
     try:
         with path.open("wb") as file:
             torch.save(content, file)

@@ -95,8 +95,8 @@ def _start_log(what: str, steps: int) -> Callable[[], None]:
 
 def _print_csv(record: Record) -> None:
     data = record.model_dump(mode="json")
-    rows = next((data[name] for name in ("layers", "low_rank", "steps") if data.get(name)), None)
-    if rows is None:
+    rows = data[record.rows] if record.rows else []
+    if not rows:
         rows = [{key: value for key, value in data.items() if not isinstance(value, list | dict)}]
     writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -27,12 +27,11 @@ def train(
     import lrconvert
     from lrconvert.cli.output import Sink
     from lrconvert.cli.watch import watching
-    from lrconvert.recipes import find_recipe
 
     sink = Sink(as_json, as_csv, quiet, verbose)
     with watching(sink, tensorboard) as listener:
         record = lrconvert.train(
-            find_recipe(recipe),
+            recipe,
             output,
             overrides=overrides or (),
             resume=resume,

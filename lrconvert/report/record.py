@@ -4,7 +4,7 @@ Predicted figures (parameters, MACs, errors) follow from shapes and spectra. Mea
 accuracies, differences) come from files and runs. No field mixes the two.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,9 +12,15 @@ from lrconvert.cost import MAC_CONVENTION
 
 
 class Record(BaseModel):
-    """Base of all records. `schema_version` goes up when a field changes its meaning or goes away."""
+    """Base of all records. `schema_version` goes up when a field changes its meaning or goes away.
+
+    Attributes:
+        rows: name of the field that is a table, one row an entry; empty if there is none.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rows: ClassVar[str] = ""
 
     schema_version: Literal[1] = 1
     command: str
@@ -76,6 +82,7 @@ class AnalyzeRecord(Record):
         layers: one row a weight.
     """
 
+    rows: ClassVar[str] = "layers"
     command: Literal["analyze"] = "analyze"
     source: str
     model: str | None
@@ -132,6 +139,7 @@ class FactorizeRecord(Record):
         layers: one row a weight.
     """
 
+    rows: ClassVar[str] = "layers"
     command: Literal["factorize"] = "factorize"
     source: str
     output: str | None
@@ -226,6 +234,7 @@ class CompareRecord(Record):
         layers: one row a weight that both have.
     """
 
+    rows: ClassVar[str] = "layers"
     command: Literal["compare"] = "compare"
     first: Side
     second: Side
@@ -249,6 +258,7 @@ class InfoRecord(Record):
         dense: number of weights that stayed dense, by reason.
     """
 
+    rows: ClassVar[str] = "low_rank"
     command: Literal["info"] = "info"
     source: str
     format: str
@@ -345,6 +355,7 @@ class TrainRecord(Record):
         history: one entry an epoch.
     """
 
+    rows: ClassVar[str] = "history"
     command: Literal["train"] = "train"
     output: str
     model: str
@@ -440,6 +451,7 @@ class DemoRecord(Record):
         steps: one row a model.
     """
 
+    rows: ClassVar[str] = "steps"
     command: Literal["demo"] = "demo"
     folder: str
     batch_size: int

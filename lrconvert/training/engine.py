@@ -1,6 +1,7 @@
 """The training loop: epochs of steps, the switch to low rank between two of them, and evaluation."""
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lrconvert.errors import LrconvertError, UsageError
+from lrconvert.errors import LrconvertError
 from lrconvert.recipe import Recipe
 from lrconvert.report.record import EpochMetrics, TrafficFigures
 from lrconvert.training.communication import Traffic, compress
-from lrconvert.training.data import Dataset, Source
+from lrconvert.training.data import Dataset, Loader, Source
 from lrconvert.training.evaluation import evaluate_model, placed, split_loader
 from lrconvert.training.events import Listener
 from lrconvert.training.frobenius import FrobeniusDecay, factor_parameters
@@ -28,10 +29,9 @@ from lrconvert.training.optimizers import make_optimizer
 from lrconvert.training.processes import gathered, same_buffers, seed_step
 from lrconvert.training.schedules import LowRankSchedule
 
-Phase = Literal["full-rank", "low-rank"]
-
 # How often the loss is looked at; on a GPU each look waits for it.
 _LOOK_SECONDS = 0.5
+_TOGETHER_STEPS = 100
 
 
 @dataclass
@@ -92,6 +92,8 @@ class Engine:
         self.progress = Progress()
         self.traffic: Traffic | None = None
         self.loader = split_loader(dataset.train, recipe, accelerator)
+        # One for each split: a loader keeps its worker processes.
+        self._loaders: dict[int, Loader] = {}
         self._loss = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
         self._distill = DistillationLoss(recipe.distill_temperature, recipe.distill_weight) if teacher else None
         self._mixer = Mixer(dataset.num_classes, recipe.mixup, recipe.cutmix, recipe.mixup_switch_prob)
@@ -106,6 +108,8 @@ class Engine:
         """Make anew all that refers to the model's parameters, which the switch has replaced."""
         recipe, accelerator = self.recipe, self.accelerator
         accelerator.free_memory()
+        if recipe.sync_bn:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         decays = recipe.low_rank.frobenius_decay and recipe.weight_decay > 0
         self.frobenius = FrobeniusDecay(self.model, recipe.weight_decay) if decays else None
         undecayed = factor_parameters(self.model) if decays else ()
@@ -147,23 +151,29 @@ class Engine:
         Raises:
             LrconvertError: the loss became NaN or infinite, or the device's memory is too small.
         """
+        try:
+            return self._train_epoch(every, save)
+        except torch.OutOfMemoryError:
+            raise LrconvertError(self._too_large()) from None
+
+    def _train_epoch(self, every: int | None, save: Callable[[], None] | None) -> EpochMetrics:
         progress, schedule = self.progress, self.schedule
         epoch = progress.epoch
         first_rate = self.learning_rate.at(epoch)
         self.model.train()
-        try:
-            self.train_steps(every, save)
-        except torch.OutOfMemoryError:
-            raise LrconvertError(self._too_large()) from None
+        self.train_steps(every, save)
         started = time.perf_counter()
         same_buffers(self.model)
+        same_buffers(self.evaluated)
         validation = self.evaluate(self.dataset.validation)
+        self._check(not math.isfinite(validation[0]))
         evaluated = time.perf_counter()
         self.learning_rate.epoch_ended(validation[1])
         phase, tracked, figures = schedule.phase, schedule.tracking_seconds, self.traffic_figures()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of is in its notes
-            switched = schedule.step(epoch)
+            # After the last epoch nothing could train the factors any more.
+            switched = epoch + 1 < self.recipe.epochs and schedule.step(epoch)
         metrics = EpochMetrics(
             epoch=epoch,
             phase=phase,
@@ -193,7 +203,7 @@ class Engine:
     def train_steps(self, every: int | None = None, save: Callable[[], None] | None = None) -> None:
         """The steps that are left of the epoch; `progress` sums up whenever all processes stop to look together."""
         recipe, progress = self.recipe, self.progress
-        epoch, steps = progress.epoch, self.loader.steps
+        epoch, steps, several = progress.epoch, self.loader.steps, self.accelerator.num_processes > 1
         batches = self.loader.epoch(epoch, progress.step)
         sums = torch.zeros(3, device=self.accelerator.device)  # loss, hits, and losses that are no numbers
         first, started, looked = progress.step, time.perf_counter(), time.perf_counter()
@@ -208,9 +218,10 @@ class Engine:
             progress.step += 1
             done = progress.step - first
             saves = save is not None and every is not None and progress.step % every == 0 and progress.step < steps
-            if saves or progress.step == steps:
+            # Processes must look together, or one alone would stop for a NaN and leave the others waiting.
+            if saves or progress.step == steps or (several and progress.step % _TOGETHER_STEPS == 0):
                 loss, hits, bad = self.accelerator.reduce(sums, "sum").tolist()
-                self._check(bad)
+                self._check(bool(bad))
                 progress.loss, progress.correct = progress.loss + loss, progress.correct + hits
                 progress.images += done * recipe.batch_size
                 progress.train_seconds += time.perf_counter() - started
@@ -219,16 +230,16 @@ class Engine:
                 sums.zero_()
                 first, started = progress.step, time.perf_counter()
             elif time.perf_counter() - looked >= _LOOK_SECONDS:
-                # This process alone looks at its own share: the others need not look at the same moment.
+                # At its own share: the others need not look at the same moment.
                 loss, _, bad = sums.tolist()
-                self._check(bad)
+                self._check(bool(bad) and not several)
                 looked = time.perf_counter()
                 images = done * recipe.batch_size
                 loss *= self.accelerator.num_processes / images
                 self.listener.step(epoch, progress.step, loss, images / (looked - started))
 
-    def _check(self, bad: float) -> None:
-        """Raise LrconvertError if a loss was NaN or infinite."""
+    def _check(self, bad: bool) -> None:
+        """Raise LrconvertError if a loss was found to be NaN or infinite."""
         if bad:
             progress = self.progress
             raise LrconvertError(
@@ -266,10 +277,10 @@ class Engine:
     def _update(self) -> None:
         if self.frobenius is not None or self.recipe.clip_grad is not None:
             self.accelerator.unscale_gradients(self.optimizer)
-        if self.frobenius is not None:
-            self.frobenius.add_gradients()
         if self.recipe.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        if self.frobenius is not None:  # after clipping, as weight decay is
+            self.frobenius.add_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -277,14 +288,15 @@ class Engine:
 
     def evaluate(self, source: Source, model: nn.Module | None = None) -> tuple[float, float]:
         """(mean loss, accuracy) on `source` of the weights to keep, or of `model`; each image counts once."""
-        return evaluate_model(model or self.evaluated, source, self.recipe, self.accelerator)
+        loader = self._loaders.setdefault(id(source), split_loader(source, self.recipe, self.accelerator))
+        return evaluate_model(model or self.evaluated, loader, self.recipe, self.accelerator)
 
     def _too_large(self) -> str:
         batch, parts = self.recipe.batch_size, self.recipe.grad_accum_steps
         at_a_time = batch // parts // self.accelerator.num_processes
         return (
             f"out of memory on {self.accelerator.device} with {at_a_time} images at a time: "
-            f"try grad_accum_steps={parts * 2} (the same result), or batch_size={max(batch // 2, 1)}"
+            f"try grad_accum_steps={parts * 2} (the same steps, but for BatchNorm), or batch_size={max(batch // 2, 1)}"
         )
 
     def traffic_figures(self) -> tuple[TrafficFigures, ...]:
@@ -330,9 +342,4 @@ class Engine:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.traffic is not None:
-            if len(state["traffic"]) != self.accelerator.num_processes:
-                raise UsageError(
-                    f"this run had {len(state['traffic'])} processes and now has {self.accelerator.num_processes}: "
-                    "resume it with as many"
-                )
             self.traffic.load_state_dict(state["traffic"][self.accelerator.process_index])

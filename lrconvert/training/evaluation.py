@@ -29,14 +29,14 @@ def placed(images: Tensor, recipe: Recipe, accelerator: Accelerator) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate_model(model: nn.Module, source: Source, recipe: Recipe, accelerator: Accelerator) -> tuple[float, float]:
-    """(mean cross entropy, accuracy) of `model` on `source`; each image counts once, whatever the processes.
+def evaluate_model(model: nn.Module, loader: Loader, recipe: Recipe, accelerator: Accelerator) -> tuple[float, float]:
+    """(mean cross entropy, accuracy) of `model` on what `loader` reads; each image counts once, whatever the processes.
 
     The model is left in eval mode.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    for images, labels in split_loader(source, recipe, accelerator).once():
+    for images, labels in loader.once():
         labels = labels.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             logits = model(placed(images, recipe, accelerator))

@@ -41,6 +41,8 @@ class LearningRate:
     def switched(self, epoch: int) -> None:
         """The network became low rank when `epoch` epochs were done."""
         self.switch_epoch = epoch
+        # What the dense network reached is no yardstick for the low-rank one.
+        self.best, self.waited = -math.inf, 0
 
     def epoch_ended(self, accuracy: float) -> None:
         """Take note of the validation accuracy, for "plateau"."""

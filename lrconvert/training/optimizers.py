@@ -20,14 +20,19 @@ def make_optimizer(
     Args:
         model: dense or factorized.
         recipe: names the optimizer and its settings.
-        undecayed: parameters that something else decays (factors under Frobenius decay); besides these, no parameter
-            of one dimension is decayed (Cuttlefish appendix; Goyal et al. 2017, https://arxiv.org/abs/1706.02677).
+        undecayed: parameters that something else decays (factors under Frobenius decay). Besides these, no vector is
+            decayed (Cuttlefish appendix; Goyal et al. 2017, https://arxiv.org/abs/1706.02677), nor what a model of
+            timm names in `no_weight_decay`.
         processes: that train together; for Signum these vote on the signs, and SGD follows.
     """
     spared = {id(parameter) for parameter in undecayed}
+    own = getattr(model, "no_weight_decay", None)  # names, in models of timm
+    spared |= {id(parameter) for name, parameter in model.named_parameters() if own and name in own()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [each for each in trainable if each.ndim > 1 and id(each) not in spared]
-    others = [each for each in trainable if each.ndim <= 1 or id(each) in spared]
+    # A vector may be stored with more dimensions: ResMLP's scales are (1, 1, d).
+    spared |= {id(each) for each in trainable if each.numel() == max(each.shape, default=1)}
+    decayed = [each for each in trainable if id(each) not in spared]
+    others = [each for each in trainable if id(each) in spared]
     groups = [
         {"params": parameters, "weight_decay": decay}
         for parameters, decay in ((decayed, recipe.weight_decay), (others, 0.0))

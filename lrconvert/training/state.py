@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lrconvert.checkpoints.atomic import atomic_path
+from lrconvert.checkpoints.torch_file import save_torch
 from lrconvert.errors import CheckpointError
 
 _VERSION = 1
@@ -18,7 +19,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
         CheckpointError: the disk is full, or the folder cannot be written to.
     """
     with atomic_path(path, overwrite=True) as temporary:
-        torch.save({"version": _VERSION, **state}, temporary)
+        save_torch({"version": _VERSION, **state}, temporary)
 
 
 def read_state(path: Path) -> dict[str, Any]:

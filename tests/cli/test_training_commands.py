@@ -87,5 +87,7 @@ def test_every_mistake_is_one_line(cli, arguments, code, complaint):
     result = cli(*arguments)
     assert result.code == code, result.err
     assert complaint in result.err
-    assert len(result.err.strip().splitlines()[-1:]) == 1
-    assert "Traceback" not in result.err
+    *before, last = result.err.strip().splitlines()
+    assert last.startswith("error: ")
+    assert complaint in last
+    assert not any("Traceback" in line or line.startswith("error") for line in before)

@@ -1,5 +1,6 @@
 """Whole runs on the digits: what they leave behind, how they go on, and what stops them."""
 
+import errno
 import json
 import math
 
@@ -7,10 +8,21 @@ import pytest
 import torch
 
 import lrconvert
-from lrconvert.errors import LrconvertError, NothingToCompressError, OutputExistsError, UsageError
+from lrconvert.errors import (
+    CheckpointError,
+    LrconvertError,
+    ModelError,
+    NothingToCompressError,
+    OutputExistsError,
+    UsageError,
+)
+from lrconvert.models import find_architecture
 from lrconvert.recipe import load_recipe, make_recipe
+from lrconvert.recipes import list_recipes
 from lrconvert.surgery import plan_of
 from lrconvert.training.events import Listener
+from lrconvert.training.method import make_schedule
+from lrconvert.training.optimizers import make_optimizer
 from lrconvert.training.run import Run, run
 from lrconvert.training.state import read_state
 
@@ -152,6 +164,93 @@ def test_a_folder_with_a_run_is_neither_overwritten_nor_mixed_up(tmp_path):
         run(recipe(epochs=3), folder, resume=True, overwrite=True)
     again = run(recipe(epochs=3, lr=0.1), folder, overwrite=True)
     assert again.epochs == 3
+
+
+def test_nothing_is_taken_away_before_it_is_known_that_a_run_can_start(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "report.json").write_text("somebody's own")
+    with pytest.raises(OutputExistsError, match=r"holds a run \(report\.json\)"):
+        run(recipe(epochs=3), folder)
+    with pytest.raises(UsageError, match="batch size 4000"):
+        run(recipe(epochs=3, batch_size=4000), folder, overwrite=True)
+    assert [each.name for each in folder.iterdir()] == ["report.json"]
+    with pytest.raises(UsageError, match="batch size 4000"):
+        run(recipe(epochs=3, batch_size=4000), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_does_not_overwrite_what_it_starts_from(tmp_path):
+    run(recipe("dense", epochs=1), tmp_path / "run")
+    best = tmp_path / "run" / "best.safetensors"
+    with pytest.raises(UsageError, match="is the run's checkpoint, and would be overwritten"):
+        lrconvert.finetune(best, tmp_path / "run", dataset="digits", overwrite=True)
+    with pytest.raises(UsageError, match="is the run's teacher"):
+        run(recipe("dense", epochs=1, teacher=str(best)), tmp_path / "run", overwrite=True)
+    assert best.exists()
+
+
+def test_no_switch_comes_after_the_last_epoch(tmp_path):
+    late = {**METHODS["cuttlefish"], "epsilon": 1e-9}
+    with pytest.raises(UsageError, match="max_full_rank_epochs is 2, but the run has 2"):
+        recipe(low_rank={**late, "max_full_rank_epochs": 2}, epochs=2)
+    record = run(recipe(low_rank={**METHODS["cuttlefish"], "epsilon": 1e9}, epochs=1), tmp_path / "run")
+    assert (record.switch_epoch, record.num_params_after) == (None, record.num_params_before)
+    assert record.validation_accuracy > 0
+    assert any("the whole training was at full rank" in note for note in record.notes)
+
+
+def test_epsilon_is_relaxed_by_the_fewest_layers_left_whatever_the_order_in_a_recipe():
+    for each in list_recipes():
+        chosen = load_recipe(each.path)
+        if chosen.low_rank.method == "cuttlefish" and chosen.low_rank.relax:
+            model = find_architecture("zoo/digits_cnn").build("cpu")
+            settings = chosen.low_rank.model_copy(update={"include": (), "exclude": (), "keep_first": 1})
+            schedule = make_schedule(chosen.model_copy(update={"low_rank": settings}), model, (1, 8, 8))
+            assert schedule.criterion.threshold(1) == pytest.approx(5 * schedule.criterion.epsilon), each.name
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"model": "zoo/resnet18_cifar", "model_args": {"width": 8}}, "cannot take the 1×8×8 images of digits"),
+        ({"model_args": {"width": 8, "num_classes": 100}}, r"returns \(1, 100\) for an image of digits, which has 10"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_images_is_refused(tmp_path, fields, complaint):
+    with pytest.raises(ModelError, match=complaint):
+        run(recipe("dense", **fields), tmp_path / "run")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch):
+    def full(content, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run(recipe(epochs=3), tmp_path / "run")
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    monkeypatch.setattr("lrconvert.training.state.save_torch", full)
+    with pytest.raises(CheckpointError, match=r"state\.pt: the disk is full"):
+        run(recipe(epochs=3), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+
+
+def test_a_run_leaves_the_callers_random_numbers_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(recipe(epochs=3), tmp_path / "run")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_vectors_are_not_decayed_however_they_are_stored():
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.ones(1, 1, 8))
+    model.weight = torch.nn.Parameter(torch.ones(4, 4))
+    model.position = torch.nn.Parameter(torch.ones(4, 4))
+    model.no_weight_decay = lambda: {"position"}
+    decayed, others = make_optimizer(model, recipe("dense")).param_groups
+    assert [each.shape for each in decayed["params"]] == [(4, 4)]
+    assert (decayed["weight_decay"], others["weight_decay"], len(others["params"])) == (1e-3, 0.0, 2)
 
 
 def test_a_finished_run_that_is_resumed_reports_again(tmp_path):

@@ -21,8 +21,9 @@ class StabilityCriterion:
         window: N, epochs of the exponential moving average, α = 2/(N+1); nothing settles before epoch N.
         mean_of: M, the last slopes whose mean is compared with ε.
         epsilon: ε, stable ranks per epoch.
-        relax: (layers left, factor) pairs, the fewest layers first: while at most so many layers have not settled, ε
-            is multiplied by the factor. Keeps one restless layer from holding up the switch.
+        relax: (layers left, factor) pairs: while at most so many layers have not settled, ε is multiplied by the
+            factor; of several pairs that apply, by that of the fewest layers. Keeps one restless layer from holding up
+            the switch.
     """
 
     window: int
@@ -33,6 +34,7 @@ class StabilityCriterion:
     def __post_init__(self) -> None:
         if self.window < 1 or self.mean_of < 1 or self.epsilon < 0:
             raise UsageError(f"a stability criterion needs window and mean_of of 1 or more, and epsilon ≥ 0: {self}")
+        object.__setattr__(self, "relax", tuple(sorted((int(most), float(factor)) for most, factor in self.relax)))
 
     @classmethod
     def cifar(cls) -> Self:
