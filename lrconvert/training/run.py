@@ -97,6 +97,7 @@ class Run:
         for note in schedule.notes:
             listener.note(note)
         self.engine = Engine(recipe, schedule, dataset, accelerator, listener, teacher)
+        self.steps = self.engine.loader.steps  # refuses a batch that is larger than the data
         if state is not None:
             self.engine.load_state_dict(state["engine"])
             listener.note(f"going on from epoch {self.engine.progress.epoch + 1}, step {self.engine.progress.step}")
@@ -105,7 +106,7 @@ class Run:
         """Train what is left, test the best weights, and write the report."""
         recipe, engine, schedule = self.recipe, self.engine, self.engine.schedule
         self._save()
-        self.listener.begin(engine.progress.epoch, recipe.epochs, engine.loader.steps)
+        self.listener.begin(engine.progress.epoch, recipe.epochs, self.steps)
         try:
             while engine.progress.epoch < recipe.epochs:
                 said = len(schedule.notes)

@@ -58,11 +58,20 @@ def test_factor_lasts_from_the_switch_on():
     assert [lr.at(epoch) for epoch in (9.9, 10, 299)] == pytest.approx([0.8, 0.4, 0.4])
 
 
+def test_what_the_dense_network_reached_does_not_lower_the_rate_of_the_low_rank_one():
+    lr = rate(sched="plateau", patience_epochs=2, lr=1.0)
+    lr.epoch_ended(0.9)
+    lr.switched(1)
+    for accuracy in (0.5, 0.6, 0.7):
+        lr.epoch_ended(accuracy)
+    assert lr.at(4) == 1.0
+
+
 def test_it_goes_on_from_its_state():
     lr = rate(sched="plateau", patience_epochs=2, lr=1.0, lr_at_switch="factor", lr_switch_factor=0.5)
+    lr.switched(1)
     for accuracy in (0.5, 0.4):
         lr.epoch_ended(accuracy)
-    lr.switched(2)
     again = rate(sched="plateau", patience_epochs=2, lr=1.0, lr_at_switch="factor", lr_switch_factor=0.5)
     again.load_state_dict(lr.state_dict())
     for each in (lr, again):
