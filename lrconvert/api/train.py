@@ -13,7 +13,7 @@ from lrconvert.loading import load
 from lrconvert.network import open_network
 from lrconvert.recipe import Recipe, load_recipe, make_recipe
 from lrconvert.recipes import find_recipe
-from lrconvert.report.record import EvaluateRecord, TrainRecord
+from lrconvert.report.record_training import EvaluateRecord, TrainRecord
 from lrconvert.training.build import check_together, dataset_of
 from lrconvert.training.evaluation import evaluate_model, placed, split_loader
 from lrconvert.training.events import Listener

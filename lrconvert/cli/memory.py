@@ -13,7 +13,7 @@ def return_freed_memory() -> None:
     By default glibc learns to keep freed blocks of up to 32 MB in a heap for each thread. Over a large checkpoint,
     whose tensors are read, factorized and dropped by several threads, those heaps grow by gigabytes that nothing
     uses. It is a setting of the whole process, so only commands that stream checkpoints make it: training, which asks
-    for the same blocks again and again, would be a third slower. Elsewhere MALLOC_MMAP_THRESHOLD_ does the same.
+    for the same blocks again and again, is slower with it. Elsewhere MALLOC_MMAP_THRESHOLD_ does the same.
     """
     if sys.platform != "linux":
         return

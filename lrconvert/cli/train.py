@@ -22,7 +22,7 @@ def train(
 ) -> None:
     """Train a network: full rank first, then low rank (Pufferfish, Cuttlefish, SI&FD), or dense throughout.
 
-    Works the same under torchrun and accelerate launch: torchrun --nproc-per-node 4 -m lrconvert train RECIPE.
+    Several processes: torchrun --nproc-per-node 4 -m lrconvert train RECIPE.
     """
     import lrconvert
     from lrconvert.cli.output import Sink

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from lrconvert.cli.output import Sink, first_process
-from lrconvert.report.record import EpochMetrics
+from lrconvert.report.record_training import EpochMetrics
 from lrconvert.training.events import Listener, Listeners
 
 _LOG_SECONDS = 30.0

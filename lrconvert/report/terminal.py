@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from lrconvert.report import record as records
+from lrconvert.report import record_training as training_records
 from lrconvert.report.tables import (
     before_and_after,
     count,
@@ -214,6 +215,6 @@ _RENDERERS: dict[type[records.Record], Callable[[Any, Console, bool, bool], None
     records.CompareRecord: _compare,
     records.InfoRecord: _info,
     records.DemoRecord: _demo,
-    records.TrainRecord: render_train,
-    records.EvaluateRecord: render_evaluate,
+    training_records.TrainRecord: render_train,
+    training_records.EvaluateRecord: render_evaluate,
 }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lrconvert.report import record as records
+from lrconvert.report import record_training as records
 from lrconvert.report.tables import before_and_after, count, decision_table, new_table, print_notes
 
 _BARS = "▁▂▃▄▅▆▇█"

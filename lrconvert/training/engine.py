@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lrconvert.errors import LrconvertError
 from lrconvert.recipe import Recipe
-from lrconvert.report.record import EpochMetrics, TrafficFigures
+from lrconvert.report.record_training import EpochMetrics, TrafficFigures
 from lrconvert.training.communication import Traffic, compress
 from lrconvert.training.data import Dataset, Loader, Source
 from lrconvert.training.evaluation import evaluate_model, placed, split_loader
@@ -26,8 +26,9 @@ from lrconvert.training.learning_rate import LearningRate
 from lrconvert.training.losses import DistillationLoss
 from lrconvert.training.mixing import Mixer
 from lrconvert.training.optimizers import make_optimizer
-from lrconvert.training.processes import gathered, same_buffers, seed_step
+from lrconvert.training.processes import gathered, seed_step
 from lrconvert.training.schedules import LowRankSchedule
+from lrconvert.training.schedules.agreement import copy_from_first
 
 # How often the loss is looked at; on a GPU each look waits for it.
 _LOOK_SECONDS = 0.5
@@ -163,8 +164,9 @@ class Engine:
         self.model.train()
         self.train_steps(every, save)
         started = time.perf_counter()
-        same_buffers(self.model)
-        same_buffers(self.evaluated)
+        # Running statistics differ between processes: each saw its own images.
+        copy_from_first(self.model.buffers())
+        copy_from_first(self.evaluated.buffers())
         validation = self.evaluate(self.dataset.validation)
         self._check(not math.isfinite(validation[0]))
         evaluated = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lrconvert.report.record import EpochMetrics
+from lrconvert.report.record_training import EpochMetrics
 
 
 class Listener:

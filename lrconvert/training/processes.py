@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from torch import nn
 
 from lrconvert.errors import UsageError
 from lrconvert.recipe import Recipe
@@ -71,7 +70,7 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
 
 def gathered(mine: Any) -> list[Any]:
     """Every process's `mine`, in the first process; elsewhere a list of nothing."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if alone():
         return [mine]
     mine = _on_cpu(mine)
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -95,10 +94,3 @@ def first_then_others(make: Callable[[], Made]) -> Made:
     mine: list[Made] = []
     decided_by_first(lambda: mine.append(make()))
     return mine[0] if mine else make()
-
-
-def same_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers: running statistics differ, since each sees its own images."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from lrconvert.errors import LrconvertError, UsageError
 from lrconvert.loading import load, save
 from lrconvert.recipe import Recipe
-from lrconvert.report.record import EpochMetrics, TrainRecord
+from lrconvert.report.record_training import EpochMetrics, TrainRecord
 from lrconvert.training.build import architecture_of, check_together, dataset_of, model_of, teacher_of
 from lrconvert.training.engine import Engine
 from lrconvert.training.events import Listener

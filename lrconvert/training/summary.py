@@ -6,7 +6,7 @@ from lrconvert.cost import Trace, trace
 from lrconvert.inputs import one_input
 from lrconvert.recipe import Recipe
 from lrconvert.report.decisions import layer_decisions
-from lrconvert.report.record import EpochMetrics, PhaseTime, TrainRecord
+from lrconvert.report.record_training import EpochMetrics, PhaseTime, TrainRecord
 from lrconvert.training.data import Dataset
 from lrconvert.training.engine import Engine
 

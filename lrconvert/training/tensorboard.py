@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lrconvert.errors import LrconvertError
-from lrconvert.report.record import EpochMetrics
+from lrconvert.report.record_training import EpochMetrics
 from lrconvert.training.events import Listener
 
 

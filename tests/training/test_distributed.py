@@ -66,7 +66,7 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_compressed_gradients_train_too_and_a_stopped_run_goes_on(tmp_path):
+def test_compressed_gradients_train_too_and_a_finished_run_reports_again(tmp_path):
     settings = ["compression={method: powersgd, rank: 2, start_step: 2, phase: full-rank}", "epochs=3"]
     whole = lrconvert(tmp_path, 2, "train", tmp_path / "recipe.yaml", *settings, "-o", tmp_path / "whole")
     full, low = whole["traffic"]

@@ -1,10 +1,10 @@
 """One decision for all processes of a distributed run: made on rank 0, and sent to the others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed
 
 from lrconvert.errors import LrconvertError
 
@@ -45,11 +45,11 @@ def decided_by_first(decide: Callable[[], Answer]) -> Answer:
 
 
 @torch.no_grad()
-def copy_from_first(model: nn.Module) -> None:
-    """Give every parameter and buffer of `model` the value that it has on rank 0, to the last bit."""
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Give each of `tensors` the value that it has on rank 0, to the last bit."""
     if alone():
         return
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in tensors:
         # Backends send contiguous memory, which a channels_last weight is not.
         sent = tensor.detach().contiguous()
         distributed.broadcast(sent, src=0)

@@ -175,7 +175,7 @@ class LowRankSchedule(ABC):
         decided_by_first(lambda: self._factorize(plan))
         if not is_first():
             reshape(self.model, plan)
-        copy_from_first(self.model)
+        copy_from_first((*self.model.parameters(), *self.model.buffers()))
         mark(self.model)
         self.plan, self.phase, self.switch_epoch = plan, "low-rank", epochs
         self.switch_seconds += self._now() - started
