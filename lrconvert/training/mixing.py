@@ -21,22 +21,17 @@ class Mixer:
         mixup: α of the Beta(α, α) distribution of mixup's share; 0 for no mixup.
         cutmix: α of cutmix's; 0 for no cutmix.
         switch_prob: probability of cutmix where both are on.
-        smoothing: share of each target that is spread evenly over all classes.
 
     Raises:
         UsageError: a value is out of range.
     """
 
-    def __init__(
-        self, num_classes: int, mixup: float, cutmix: float, switch_prob: float = 0.5, smoothing: float = 0.0
-    ) -> None:
+    def __init__(self, num_classes: int, mixup: float, cutmix: float, switch_prob: float = 0.5) -> None:
         if mixup < 0 or cutmix < 0:
             raise UsageError(f"mixup and cutmix must not be negative, not {min(mixup, cutmix):g}")
-        for name, value in (("switch_prob", switch_prob), ("smoothing", smoothing)):
-            if not 0 <= value <= 1:
-                raise UsageError(f"{name} must be from 0 to 1, not {value:g}")
+        if not 0 <= switch_prob <= 1:
+            raise UsageError(f"switch_prob must be from 0 to 1, not {switch_prob:g}")
         self.num_classes = num_classes
-        self.smoothing = smoothing
         choices = {"mixup": 1 - switch_prob if cutmix else 1.0, "cutmix": switch_prob if mixup else 1.0}
         kinds = [(v2.MixUp(alpha=mixup), choices["mixup"])] if mixup else []
         kinds += [(v2.CutMix(alpha=cutmix), choices["cutmix"])] if cutmix else []
@@ -48,7 +43,6 @@ class Mixer:
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(b, C, H, W) and (b,) to (b, C, H, W) and (b, num_classes) float32."""
         targets = functional.one_hot(labels, self.num_classes).float()
-        targets = targets * (1 - self.smoothing) + self.smoothing / self.num_classes
         if self._mix is None:
             return images, targets
         return cast(tuple[Tensor, Tensor], self._mix(images, targets))

@@ -16,15 +16,14 @@ def one_channel_an_image(side=16):
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0), (0, 1.0), (0.8, 1.0)])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_targets_are_the_shares_of_the_images(mixup, cutmix, smoothing):
-    mixer = Mixer(N, mixup, cutmix, smoothing=smoothing)
+def test_targets_are_the_shares_of_the_images(mixup, cutmix):
+    mixer = Mixer(N, mixup, cutmix)
     assert mixer
     mixed = False
     for _ in range(20):
         images, targets = mixer(*one_channel_an_image())
         shares = images.mean((2, 3))
-        assert_close(targets, shares * (1 - smoothing) + smoothing / N)
+        assert_close(targets, shares)
         assert_close(targets.sum(1), torch.ones(N))
         mixed |= bool((shares.amax(1) < 1).any())
     assert mixed
@@ -41,12 +40,12 @@ def test_cutmix_is_chosen_as_often_as_asked():
 
 
 def test_nothing_to_mix():
-    mixer = Mixer(4, 0, 0, smoothing=0.2)
+    mixer = Mixer(4, 0, 0)
     assert not mixer
     images = torch.rand(2, 3, 4, 4)
     got, targets = mixer(images, torch.tensor([1, 3]))
     assert got is images
-    assert_close(targets, torch.tensor([[0.05, 0.85, 0.05, 0.05], [0.05, 0.05, 0.05, 0.85]]))
+    assert_close(targets, torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
 
 
 def test_values_out_of_range_are_refused():
@@ -54,5 +53,3 @@ def test_values_out_of_range_are_refused():
         Mixer(10, -1, 0)
     with pytest.raises(UsageError, match="switch_prob must be from 0 to 1, not 2"):
         Mixer(10, 1, 1, switch_prob=2)
-    with pytest.raises(UsageError, match=r"smoothing must be from 0 to 1, not 1\.5"):
-        Mixer(10, 1, 1, smoothing=1.5)
