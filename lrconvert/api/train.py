@@ -46,7 +46,7 @@ def train(
 
     Args:
         recipe: a YAML file, the name of a recipe that comes with lrconvert, a `Recipe`, or its fields.
-        output: folder for weights, state, log and report; see `lrconvert.training.run`.
+        output: folder for weights, state, log and report; see `lrconvert.training.folder`.
         overrides: "key=value" texts that overrule the recipe.
         resume, overwrite, listener: see `lrconvert.training.run.run`.
 
