@@ -36,6 +36,8 @@ class LayerPlan(BaseModel):
         evidence: "module" when a model settled the kind, "shape" when it was read from the file alone.
         norm: whether a BatchNorm stands between the factors, with the key "layer.bn.weight" and so on.
         view: which matrix the weight is seen as, see `lrconvert.layers.Layer`.
+        data_aware: whether the factors are those of least output error (see `lrconvert.response`); `error` is then
+            predicted of the outputs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +53,7 @@ class LayerPlan(BaseModel):
     evidence: Literal["module", "shape"] = "module"
     norm: bool = False
     view: View = "channel"
+    data_aware: bool = False
 
     @classmethod
     def of(cls, layer: Layer, rank: int | None, reason: str = "", error: float | None = None) -> Self:

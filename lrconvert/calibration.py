@@ -1,0 +1,281 @@
+"""Running a network on a few examples to learn what each of its weights meets, as a `Response`.
+
+A weight is recognised where it is used: every product with it passes through `_Watch`, be it computed by a module or by
+a parent that reads the weight. The output y of the network is projected on random numbers, ⟨z, y⟩ with z ~ N(0, I), and
+differentiated once: without labels, E[g gᵀ] of what arrives at a layer says how its outputs move those of the network.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lrconvert.errors import UsageError
+from lrconvert.layers import Layer
+from lrconvert.layers.explicit import explicit
+from lrconvert.products import Product, product_of
+from lrconvert.response import Response
+
+# Arguments of one call of a network: positional and by name.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+# Bytes of second moments that are collected in one go; where all layers need more, the calls are repeated.
+_MEMORY = 4 << 30
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a network met.
+
+    Attributes:
+        responses: by layer name; layers that the examples did not reach are missing.
+        examples: how many there were.
+        two_sided: whether gradients are in the responses. Squared errors are then in one unit, that of the network's
+            output for one example, and may be added over layers; else they are each layer's own.
+        output_energy: mean ‖y‖² of the network's (first) output for one example.
+        seconds: how long it took.
+    """
+
+    responses: Mapping[str, Response]
+    examples: int
+    two_sided: bool
+    output_energy: float
+    seconds: float
+
+
+def calibrate(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    calls: Sequence[Call],
+    *,
+    two_sided: bool = True,
+    device: torch.device | None = None,
+    memory: int = _MEMORY,
+    seed: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> Calibration:
+    """Run `model` in eval mode on `calls` and collect the second moments of `layers`.
+
+    Args:
+        model: with its weights; it is left as it was.
+        layers: what to watch. Embeddings, transposed convolutions and the spatial view have no response.
+        calls: arguments of the model, batches of examples. Tokens that an "attention_mask" hides are not counted.
+        two_sided: differentiate too.
+        device: where to run; the model is moved there and back.
+        memory: bytes of second moments that may be held at a time.
+        seed: of z.
+        progress: called after each call.
+
+    Raises:
+        UsageError: there are no calls, or no output to differentiate.
+    """
+    started = time.perf_counter()
+    if not calls:
+        raise UsageError("calibration needs examples, and there are none")
+    home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    responses: dict[str, Response] = {}
+    examples, energy = 0, 0.0
+    with at_rest(model.to(device or home)), explicit(model) as running:
+        for part in _parts([layer for layer in layers if can_respond(layer)], memory):
+            examples, energy = 0, 0.0
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            watch = _Watch({id(parameters[layer.weight]): _Moments(layer, two_sided) for layer in part})
+            for call in calls:
+                call = tree_map(lambda leaf: leaf.to(device or home) if isinstance(leaf, Tensor) else leaf, call)
+                watch.mask = mask_of(call)
+                with torch.set_grad_enabled(two_sided), watch:
+                    output = output_of(running, call)
+                examples += len(output)
+                energy += float((output.detach().double() ** 2).sum())
+                if two_sided:
+                    if not output.requires_grad:
+                        raise UsageError("the network's output has no gradient; calibrate with two_sided=False")
+                    z = torch.randn(output.shape, generator=generator).to(output)
+                    torch.autograd.backward(output, z)
+                if progress:
+                    progress()
+            responses |= watch.responses(examples)
+    model.to(home)
+    return Calibration(responses, examples, two_sided, energy / examples, time.perf_counter() - started)
+
+
+def can_respond(layer: Layer) -> bool:
+    """Whether calibration knows what the weight of `layer` meets."""
+    return layer.view == "channel" and layer.kind != "embedding" and not layer.kind.startswith("conv_transpose")
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode and without gradients of its parameters."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+
+
+def _parts(layers: Sequence[Layer], memory: int) -> Iterator[list[Layer]]:
+    """`layers` in groups whose moments fit into `memory` bytes, a single layer at least."""
+    part: list[Layer] = []
+    used = 0
+    for layer in layers:
+        size = 2 * 8 * layer.groups * layer.full_rank**2
+        if part and used + size > memory:
+            yield part
+            part, used = [], 0
+        part.append(layer)
+        used += size
+    if part:
+        yield part
+
+
+def mask_of(call: Call) -> Tensor | None:
+    """Which tokens (batch, length) count, as booleans, where the call says so."""
+    mask = call[1].get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def output_of(model: nn.Module, call: Call) -> Tensor:
+    """The first floating-point tensor that `model` returns, logits or hidden states; zero for tokens that are hidden.
+
+    Raises:
+        UsageError: it returns none.
+    """
+    returned = model(*call[0], **call[1])
+    leaves = tree_leaves(dict(returned) if isinstance(returned, Mapping) else returned)
+    output = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+    if output is None:
+        raise UsageError(f"the network returned {type(returned).__name__} without a floating-point tensor in it")
+    mask = mask_of(call)
+    if mask is None or output.shape[:2] != mask.shape:
+        return output
+    return output * mask.reshape(*mask.shape, *[1] * (output.dim() - 2))
+
+
+class _Moments:
+    """The sums that become one layer's response."""
+
+    def __init__(self, layer: Layer, two_sided: bool) -> None:
+        rows, columns = layer.matrix_shape
+        self.layer, self.two_sided = layer, two_sided
+        self.rows_side = rows <= columns
+        size = (layer.groups, layer.full_rank, layer.full_rank)
+        self.forward_sum, self.backward_sum = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
+        self.mean = torch.zeros(size[:2], dtype=torch.float64)
+        self.positions = torch.zeros(layer.groups, dtype=torch.float64)
+        self.reached = False
+
+    def forward(self, product: Product, output: Tensor, groups: slice, keep: Tensor | None) -> None:
+        """Add what a product saw."""
+        count = len(range(*groups.indices(self.layer.groups)))
+        if self.rows_side:
+            seen = product.outputs(output if product.bias is None else _without(product, output), count)
+        else:
+            seen = product.inputs(count)
+        seen = seen.detach() if keep is None else seen.detach()[:, keep]
+        self.forward_sum[groups] += _gram(seen)
+        self.mean[groups] += seen.sum(dim=1, dtype=torch.float64).cpu()
+        self.positions[groups] += seen.shape[1]
+
+    def backward(self, product: Product, gradient: Tensor, groups: slice, keep: Tensor | None) -> None:
+        """Add the gradient of its outputs."""
+        self.reached = True
+        count = len(range(*groups.indices(self.layer.groups)))
+        arrived = product.outputs(gradient, count)
+        arrived = arrived if keep is None else arrived[:, keep]
+        if not self.rows_side:
+            arrived = arrived @ self.layer.layout.matrices(product.weight.detach(), count).to(arrived.dtype)
+        self.backward_sum[groups] += _gram(arrived)
+
+    def response(self, weight: Tensor, examples: int) -> Response | None:
+        """The response, if anything was seen; `weight` is the layer's."""
+        if not bool((self.positions > 0).all()) or (self.two_sided and not self.reached):
+            return None
+        name, positions = self.layer.name, self.positions[:, None, None]
+        mean = self.mean / self.positions[:, None]
+        if self.rows_side:
+            if not self.two_sided:
+                return Response(name, "rows", None, self.forward_sum / positions, mean)
+            return Response(name, "rows", self.backward_sum / positions, self.forward_sum / examples, mean)
+        if self.two_sided:
+            return Response(name, "columns", self.forward_sum / positions, self.backward_sum / examples, mean)
+        matrices = self.layer.layout.matrices(weight.detach().double().cpu(), self.layer.groups)
+        return Response(name, "columns", self.forward_sum / positions, matrices.mT @ matrices, mean)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Σ x xᵀ (groups, s, s) of (groups, n, s): products in float32 of a batch at most, the sum over batches in float64."""
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    return (rows.mT @ rows).double().cpu()
+
+
+def _without(product: Product, output: Tensor) -> Tensor:
+    """The outputs before the bias was added."""
+    assert product.bias is not None
+    return output - product.bias.detach().reshape(-1, *[1] * (-1 - product.channels))
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every function of torch that the network calls, and adds up the products with the weights it knows."""
+
+    def __init__(self, moments: Mapping[int, _Moments]) -> None:
+        super().__init__()
+        self.moments = moments
+        self.mask: Tensor | None = None
+        self.weights: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What `func` returns."""
+        output = func(*args, **(kwargs or {}))
+        product = product_of(func, args, kwargs or {})
+        if product is None:
+            return output
+        owner = product.weight if id(product.weight) in self.moments else product.weight._base
+        moments = self.moments.get(id(owner))
+        if moments is None or owner is None:
+            return output
+        self.weights[moments.layer.name] = owner
+        groups = _groups(product.weight, owner, moments.layer)
+        leading = output.shape[: self.mask.dim()] if self.mask is not None else ()
+        keep = self.mask.flatten() if self.mask is not None and leading == self.mask.shape else None
+        moments.forward(product, output, groups, keep)
+        if moments.two_sided:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: moments.backward(product, gradient, groups, keep))
+            else:  # the first products: gradients end here. A copy, as what follows may work in place
+                output.requires_grad_().register_hook(lambda gradient: moments.backward(product, gradient, groups, keep))
+                output = output.clone()
+        return output
+
+    def responses(self, examples: int) -> dict[str, Response]:
+        """What was seen, by layer name."""
+        found = {}
+        for moments in self.moments.values():
+            name = moments.layer.name
+            response = moments.response(self.weights[name], examples) if name in self.weights else None
+            if response is not None:
+                found[name] = response
+        return found
+
+
+def _groups(weight: Tensor, owner: Tensor, layer: Layer) -> slice:
+    """Which matrices of a layer the tensor `weight` holds: all, or those of a part of packed projections."""
+    if weight is owner or weight.numel() == owner.numel():
+        return slice(0, layer.groups)
+    each = owner.numel() // layer.groups
+    first = weight.storage_offset() - owner.storage_offset()
+    return slice(first // each, (first + weight.numel()) // each)

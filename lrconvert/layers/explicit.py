@@ -1,0 +1,54 @@
+"""Attention and recurrent modules made of separate products, for a while: torch's own compute everything in one call."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from lrconvert.layers.attention import LowRankAttention
+from lrconvert.layers.recurrent import LowRankRecurrent
+
+
+class _Stepwise(LowRankRecurrent):
+    """Multiplies by the weights step by step, whatever is faster."""
+
+    def _steps_pay(self, input: Tensor, batch: int) -> bool:
+        return True
+
+
+@contextmanager
+def explicit(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` with every nn.MultiheadAttention, nn.LSTM, nn.GRU and nn.RNN computing each of its products by itself.
+
+    The parameters are the same objects. At the end `model` is as it was.
+    """
+    replaced = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+    ]
+    made = {id(module): _separate(module) for _, module in replaced}
+    if replaced and not replaced[0][0]:
+        yield made[id(model)]
+        return
+    try:
+        for name, module in replaced:
+            _put(model, name, made[id(module)])
+        yield model
+    finally:
+        for name, module in replaced:
+            _put(model, name, module)
+
+
+def _separate(dense: nn.Module) -> nn.Module:
+    separate = LowRankAttention(dense, {}) if isinstance(dense, nn.MultiheadAttention) else _Stepwise(dense, {})
+    for name, parameter in dense.named_parameters(recurse=False):
+        separate.register_parameter(name, parameter)
+    for name, child in dense.named_children():
+        separate.add_module(name, child)
+    return separate.train(dense.training)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

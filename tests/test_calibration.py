@@ -1,0 +1,219 @@
+"""What calibration collects, against brute force, and what the factors that follow do to outputs on the same examples."""
+
+import copy
+
+import pytest
+import torch
+from drawn import modules, plans
+from helpers import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lrconvert.calibration import calibrate, can_respond
+from lrconvert.errors import PlanError, UsageError
+from lrconvert.layers import LAYOUTS
+from lrconvert.layers.survey import layers_of_module
+from lrconvert.plan import LayerPlan, Plan
+from lrconvert.surgery import factorize_module
+
+KINDS = sorted(kind for kind in LAYOUTS if kind != "embedding" and "transpose" not in kind)
+ONE_WEIGHT = ["conv1d", "conv2d", "conv3d", "linear"]
+
+
+class Calls(nn.Module):
+    """A module that is called in one way only."""
+
+    def __init__(self, drawn):
+        super().__init__()
+        self.it, self.call = drawn.module, drawn.call
+
+    def forward(self):
+        return self.call(self.it)
+
+
+def aware(model, calibration, rank):
+    """A plan that factorizes every layer with a response, at `rank` of its full rank."""
+    layers = [layer for layer in layers_of_module(model) if layer.name in calibration.responses]
+    decisions = [LayerPlan.of(layer, rank(layer)).model_copy(update={"data_aware": True}) for layer in layers]
+    return Plan(layers=tuple(decisions))
+
+
+def data_aware_copy(model, calibration, rank):
+    plan = aware(model, calibration, rank)
+    return factorize_module(copy.deepcopy(model), plan, responses=calibration.responses)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.booleans())
+def test_at_full_rank_every_module_computes_what_it_did(data, two_sided):
+    drawn = data.draw(modules(KINDS))
+    plan = data.draw(plans(drawn.module, full_rank=True))
+    model = Calls(drawn).eval()
+    want = model().detach()
+    found = calibrate(model, [decision.layer for decision in plan.low_rank], [((), {})], two_sided=two_sided)
+    known = [layer.model_copy(update={"data_aware": True}) for layer in plan.low_rank if layer.name in found.responses]
+    if drawn.kind in ONE_WEIGHT:
+        assert known, "its only weight was not seen"
+    small = factorize_module(copy.deepcopy(model), Plan(layers=tuple(known)), responses=found.responses)
+    assert_close(small(), want, 1e-3 if drawn.dtype == torch.float32 else 1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_predicted_error_is_that_of_the_outputs(data):
+    drawn = data.draw(modules(ONE_WEIGHT))
+    drawn.module.bias = None
+    model = Calls(drawn).double().eval()
+    model.call = lambda module, call=drawn.call: call(module)
+    if drawn.dtype != torch.float64:
+        return  # its input is in float32
+    (layer,) = layers_of_module(model)
+    found = calibrate(model, [layer], [((), {})], two_sided=False)
+    rank = data.draw(st.integers(1, layer.full_rank))
+    small = data_aware_copy(model, found, lambda layer: rank)
+    want = model().detach()
+    error = float(torch.linalg.vector_norm(small() - want) / torch.linalg.vector_norm(want))
+    assert error == pytest.approx(found.responses[layer.name].spectrum.error(rank), rel=1e-4, abs=1e-5)
+
+
+def linear_response(weight, x, bias=None):
+    """The response of a linear layer, computed the long way."""
+    c = x.T @ x / len(x)
+    return weight @ c @ weight.T, weight @ x.mean(0)
+
+
+def test_packed_projections_are_seen_one_by_one():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(12, 3, batch_first=True).double().eval()
+    q, k, v = (torch.randn(4, length, 12).double() for length in (5, 7, 7))
+    layers = layers_of_module(nn.ModuleDict({"it": attention}))
+    model = Calls(type("Drawn", (), {"module": attention, "call": lambda module: module(q, k, v)[0]}))
+    response = calibrate(model, layers, [((), {})], two_sided=False).responses["it.in_proj_weight"]
+    for group, (weight, x) in enumerate(zip(attention.in_proj_weight.detach().chunk(3), (q, k, v), strict=True)):
+        signal, mean = linear_response(weight, x.flatten(0, 1))
+        assert_close(response.signal[group], signal, 1e-10)
+        assert_close(response.mean[group], mean, 1e-10)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_meets_its_inputs_and_its_own_states(kind):
+    torch.manual_seed(0)
+    module = kind(6, 6, num_layers=2).double().eval()
+    x = torch.randn(9, 4, 6).double()
+    first = kind(6, 6).double()
+    first.load_state_dict({key: value for key, value in module.state_dict().items() if "l0" in key})
+    hidden = first(x)[0].detach()
+    model = Calls(type("Drawn", (), {"module": module, "call": lambda module: module(x)[0]}))
+    layers = layers_of_module(nn.ModuleDict({"it": module}))
+    responses = calibrate(model, layers, [((), {})], two_sided=False).responses
+    before = torch.cat([torch.zeros(1, 4, 6).double(), hidden[:-1]])
+    met = {"ih_l0": x, "hh_l0": before, "ih_l1": hidden}
+    for name, inputs in met.items():
+        response = responses[f"it.weight_{name}"]
+        weights = getattr(module, f"weight_{name}").detach().unflatten(0, (-1, 6))
+        for group, weight in enumerate(weights):
+            signal, mean = linear_response(weight, inputs.flatten(0, 1))
+            assert_close(response.signal[group], signal, 1e-10)
+            assert_close(response.mean[group], mean, 1e-10)
+
+
+def test_two_sided_errors_are_those_of_the_networks_output():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 30), nn.Linear(30, 10)).double()
+    x = torch.randn(6000, 20).double() @ torch.randn(20, 20).double() / 4
+    found = calibrate(model, layers_of_module(model), [((part,), {}) for part in x.split(1000)])
+    want = model(x).detach()
+    assert found.output_energy == pytest.approx(float((want**2).sum(1).mean()), rel=1e-9)
+    for name, response in found.responses.items():
+        plan = aware(model, found, lambda layer: 6)
+        one = Plan(layers=tuple(layer for layer in plan.layers if layer.name == name))
+        small = factorize_module(copy.deepcopy(model), one, responses=found.responses)
+        error = small(x).detach() - want
+        lost = float(((error - error.mean(0)) ** 2).sum(1).mean())
+        predicted = float((response.spectrum.values[0, 6:] ** 2).sum())
+        assert lost == pytest.approx(predicted, rel=0.1), name
+
+
+def test_a_data_aware_weight_beats_the_truncated_svd_on_fresh_examples():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)).eval()
+    mixing = torch.randn(64, 64) * (1 / torch.arange(1, 65))
+    fit, fresh = (torch.randn(512, 64) @ mixing.T for _ in range(2))
+    found = calibrate(model, layers_of_module(model), [((fit,), {})])
+    small = data_aware_copy(model, found, lambda layer: 5)
+    plain = factorize_module(
+        copy.deepcopy(model), Plan(layers=tuple(LayerPlan.of(layer, 5) for layer in layers_of_module(model)))
+    )
+    want = model(fresh)
+    errors = [float(torch.linalg.vector_norm(each(fresh) - want)) for each in (small, plain)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_hidden_tokens_do_not_count():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x, attention_mask):
+            return self.fc(x)
+
+    torch.manual_seed(0)
+    model = Tokens().double()
+    x, mask = torch.randn(3, 5, 8).double(), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    junk = torch.where(mask[..., None].bool(), x, 1e3)
+    padded = calibrate(model, layers_of_module(model), [((junk,), {"attention_mask": mask})]).responses["fc"]
+    alone = [row[keep.bool()][None] for row, keep in zip(x, mask, strict=True)]
+    calls = [((row,), {"attention_mask": torch.ones(row.shape[:2])}) for row in alone]
+    plain = calibrate(model, layers_of_module(model), calls).responses["fc"]
+    assert_close(padded.signal, plain.signal, 1e-9)
+    assert_close(padded.mean, plain.mean, 1e-9)
+    # Two draws of z, from as many positions.
+    assert float(padded.metric.trace() if padded.metric.dim() == 2 else padded.metric[0].trace()) == pytest.approx(
+        float(plain.metric[0].trace()), rel=0.5
+    )
+
+
+def test_little_memory_means_more_passes_with_the_same_result():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True))
+    calls = [((torch.randn(4, 3, 9, 9),), {}) for _ in range(2)]
+    layers = layers_of_module(model)
+    once = calibrate(model, layers, calls)
+    seen = []
+    often = calibrate(model, layers, calls, memory=1, progress=lambda: seen.append(1))
+    assert len(seen) == len(calls) * len(layers)
+    assert once.examples == often.examples == 8
+    for name in once.responses:
+        assert_close(often.responses[name].signal, once.responses[name].signal, 1e-6)
+
+
+def test_the_model_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Dropout()).train()
+    model[0].linear1.weight.requires_grad_(False)
+    before = {name: id(module) for name, module in model.named_modules()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    calibrate(model, layers_of_module(model), [((torch.randn(2, 5, 8),), {})])
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_without_examples_or_responses_nothing_is_made_up():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    with pytest.raises(UsageError, match="there are none"):
+        calibrate(model, layers_of_module(model), [])
+    layer = layers_of_module(model)[0]
+    plan = Plan(layers=(LayerPlan.of(layer, 2).model_copy(update={"data_aware": True}),))
+    with pytest.raises(PlanError, match="0 needs it again: give --calibrate"):
+        factorize_module(model, plan)
+
+
+def test_what_has_no_response():
+    model = nn.ModuleDict({"table": nn.Embedding(5, 4), "up": nn.ConvTranspose2d(4, 3, 2), "fc": nn.Linear(3, 3)})
+    assert [layer.name for layer in layers_of_module(model) if can_respond(layer)] == ["fc"]
