@@ -64,7 +64,8 @@ def calibrate(
 
     Args:
         model: with its weights; it is left as it was.
-        layers: what to watch. Embeddings, transposed convolutions and the spatial view have no response.
+        layers: what to watch. Embeddings, transposed convolutions and the spatial view have no response, nor have
+            recurrent layers that are called with packed sequences.
         calls: arguments of the model, batches of examples. Tokens that an "attention_mask" hides are not counted.
         two_sided: differentiate too.
         device: where to run; the model is moved there and back.
@@ -73,7 +74,7 @@ def calibrate(
         progress: called after each call.
 
     Raises:
-        UsageError: there are no calls, or no output to differentiate.
+        UsageError: there are no calls, or their output holds no floating-point numbers.
     """
     started = time.perf_counter()
     if not calls:
@@ -94,9 +95,7 @@ def calibrate(
                     output = output_of(running, call)
                 examples += len(output)
                 energy += float((output.detach().double() ** 2).sum())
-                if two_sided:
-                    if not output.requires_grad:
-                        raise UsageError("the network's output has no gradient; calibrate with two_sided=False")
+                if output.requires_grad:
                     z = torch.randn(output.shape, generator=generator).to(output)
                     torch.autograd.backward(output, z)
                 if progress:
@@ -273,8 +272,11 @@ class _Watch(TorchFunctionMode):
 
 
 def _groups(weight: Tensor, owner: Tensor, layer: Layer) -> slice:
-    """Which matrices of a layer the tensor `weight` holds: all, or those of a part of packed projections."""
-    if weight is owner or weight.numel() == owner.numel():
+    """Which matrices of a layer the tensor `weight` holds: all, or those of a part of packed projections.
+
+    Projections that are taken together are one matrix, of which a part has all columns: the smaller side.
+    """
+    if layer.groups == 1 or weight.numel() == owner.numel():
         return slice(0, layer.groups)
     each = owner.numel() // layer.groups
     first = weight.storage_offset() - owner.storage_offset()

@@ -118,6 +118,7 @@ class Response:
             identity = torch.eye(self.signal.shape[1], dtype=torch.float64).expand_as(self.signal)
             return identity, identity
         values, vectors = torch.linalg.eigh(self.metric)
-        floor = _CLAMP * values.mean(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        roots = values.clamp(min=floor).sqrt()[:, None, :]
+        mean = values.mean(dim=1, keepdim=True)
+        # Where nothing ever arrived all directions are alike.
+        roots = torch.where(mean > 0, values.clamp(min=_CLAMP * mean), 1.0).sqrt()[:, None, :]
         return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
