@@ -169,26 +169,14 @@ def _within_cost(
 ) -> tuple[Allocation, float]:
     """(allocation, ratio reached) for a budget of costs, of which `fixed` is beyond choice."""
     limit = budget.target * whole * (1 + _ROUNDING) - fixed
-    at_least = (1 - TOLERANCE) * budget.target * whole - fixed
-    asked = f"{budget.option} {budget.target:g}"
     try:
-        allocation = allocate(choices, limit, turns, at_least)
+        allocation = allocate(choices, limit, turns, at_least=(1 - TOLERANCE) * budget.target * whole - fixed)
     except TargetError as error:
-        raise TargetError(
-            asked,
-            (fixed + error.closest) / whole,
-            ("ask for that, or " if choices else "")
-            + "let more layers be factorized (--keep-first 0, --factorize-last, --include-embeddings)",
-        ) from None
-    if allocation.cost < at_least:
-        closest = _closest_cost(choices, turns, limit, allocation.cost)
-        raise TargetError(asked, (fixed + closest) / whole, "ask for that, or for ranks in finer steps")
+        if sum(float(choice.costs.min()) for choice in choices) > limit:
+            fix = "let more layers be factorized (--keep-first 0, --factorize-last, --include-embeddings)"
+        else:
+            fix = "let ranks have finer steps (--rank-multiple 1)"
+        closest = (fixed + error.closest) / whole
+        fix = f"ask for that, or {fix}" if choices else fix
+        raise TargetError(f"{budget.option} {budget.target:g}", closest, fix) from None
     return allocation, (fixed + allocation.cost) / whole
-
-
-def _closest_cost(choices: Sequence[Options], turns: Sequence[FloatArray] | None, limit: float, below: float) -> float:
-    """The cost nearest to `limit` that an allocation has, given the nearest one `below`."""
-    closest, ceiling = below, 2 * limit - below
-    while (above := allocate(choices, ceiling, turns, limit).cost) > limit:
-        closest, ceiling = above, above * (1 - _ROUNDING)
-    return closest

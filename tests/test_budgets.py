@@ -79,8 +79,7 @@ def weight_errors(plan, before, spectra=None):
 
 
 @pytest.mark.parametrize("allocator", [None, *ALLOCATORS])
-@pytest.mark.parametrize("kind", ["param_ratio", "mac_ratio"])
-@pytest.mark.parametrize("target", [0.5, 0.8])
+@pytest.mark.parametrize(("kind", "target"), [("param_ratio", 0.5), ("mac_ratio", 0.75)])
 def test_what_is_counted_is_what_was_asked(model, kind, target, allocator):
     before = Mixed()
     plan = lrconvert.make_plan(model, input_shape=SHAPE, allocator=allocator, **{kind: target})
@@ -269,7 +268,7 @@ def test_steps_too_coarse_for_the_budget_are_refused_with_the_closest_value():
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(5)))
     # Ranks 16 or dense in three layers, and two layers dense: 1/2 or 1 of each, so 0.7, 0.8, 0.9 and 1 in all.
     for asked, closest in ((0.76, 0.8), (0.74, 0.7), (0.87, 0.9)):
-        with pytest.raises(TargetError, match="in finer steps") as caught:
+        with pytest.raises(TargetError, match="have finer steps") as caught:
             lrconvert.make_plan(model, param_ratio=asked, rank_multiple=16)
         assert caught.value.closest == pytest.approx(closest)
     for asked in (0.7, 0.8, 0.905):
