@@ -1,12 +1,12 @@
 """Calls of a model with data that needs no labels: to calibrate on, to distil from, to compare outputs on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lrconvert.errors import LrconvertError, UnknownNameError
+from lrconvert.errors import LrconvertError, ModelError, UnknownNameError
 from lrconvert.inputs import Call
-from lrconvert.network import Network
+from lrconvert.network import Network, own_architecture
 from lrconvert.samples.arrays import SUFFIXES, read_arrays
 from lrconvert.samples.check import checked
 from lrconvert.samples.factory import read_factory
@@ -86,6 +86,7 @@ def read_samples(
     """
     wanted = Wanted(count, batch_size, skip, seed)
     images = ImageSettings(data_dir, download, img_size, mean, std)
+    network = _with_own_model(network)
     found = _read(data, network, wanted, images, max_tokens)
     samples = Samples(checked(found.calls, network, data), (found.note,))
     if samples.size < count:
@@ -93,6 +94,20 @@ def read_samples(
         note = f"{count:,} examples were asked for, but {data} has {samples.size:,}{rest}"
         return Samples(samples.calls, (*samples.notes, note))
     return samples
+
+
+def _with_own_model(network: Network) -> Network:
+    """`network` with the model of its folder's config.json, where its layers had to be read from the file alone.
+
+    transformers loads older keys than its models have: what `load` returns is that model all the same.
+    """
+    architecture = None if network.module or network.checkpoint is None else own_architecture(network.checkpoint)
+    if architecture is None:
+        return network
+    try:
+        return replace(network, architecture=architecture, module=architecture.build(), inputs=architecture.inputs)
+    except ModelError:
+        return network
 
 
 def _read(data: str, network: Network, wanted: Wanted, images: ImageSettings, max_tokens: int) -> Found:

@@ -31,13 +31,9 @@ class Wanted:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("count", self.count, 1),
-            ("batch_size", self.batch_size, 1),
-            ("skip", self.skip, 0),
-        ):
-            if value < least:
-                raise UsageError(f"{name} must be at least {least}, not {value}")
+        for name, least in (("count", 1), ("batch_size", 1), ("skip", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     def choose(self, n: int, where: str) -> Tensor:
         """The numbers of the examples to take out of `n`, in the order to take them.

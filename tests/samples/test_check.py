@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_told(read, changed, match):
 
 
 def test_an_input_that_is_missing_is_named(read):
-    with pytest.raises(UsageError, match="gives ids, mask, but .* missing a required argument: 'features'"):
+    with pytest.raises(UsageError, match=r"gives ids, mask, but .* missing a required argument: 'features'"):
         read(ids=inputs()["ids"], mask=inputs()["mask"])
 
 

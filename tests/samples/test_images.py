@@ -145,6 +145,7 @@ def test_images_that_the_model_cannot_take(tmp_path):
 
 def test_a_model_of_transformers_gets_images_by_name(tmp_path):
     transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
     paint(tmp_path / "photos", 4)
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
@@ -153,5 +154,9 @@ def test_a_model_of_transformers_gets_images_by_name(tmp_path):
     (call,) = read_samples(str(tmp_path / "photos"), open_network(model)).calls
     assert {name: tensor.shape for name, tensor in call.kwargs.items()} == {"pixel_values": (4, 3, 32, 32)}
     assert call.run(model).last_hidden_state.shape == (4, 17, 32)
+    # Its folder has keys that only transformers makes the model's of.
+    model.save_pretrained(tmp_path / "vit")
+    (again,) = read_samples(str(tmp_path / "photos"), open_network(tmp_path / "vit")).calls
+    assert torch.equal(again.kwargs["pixel_values"], call.kwargs["pixel_values"])
     with pytest.raises(UsageError, match=r"the model takes pixel_values \(examples, 3, 32, 32\), and not pixel_values"):
         read_samples(str(tmp_path / "photos"), open_network(model), img_size=40)

@@ -189,7 +189,7 @@ def test_files_that_are_no_texts(folders, tmp_path):
     fails("picture.jpg: not UTF-8 text .*give a text a line", tmp_path / "picture.jpg", network)
 
 
-WORDS = "the light was good and he divided it from the darkness of night over all waters under heaven".split()
+SENTENCE = "the light was good and he divided it from the darkness of night over all waters under heaven"
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,8 @@ def english(tmp_path_factory):
         run = subprocess.run([bible, "-f", "gen1:1-gen8:22"], capture_output=True, text=True, check=False)
         path.write_text("\n".join(" ".join(each.split()[1:]) for each in run.stdout.splitlines() if each.strip()))
     if not bible or not path.read_text().strip():
-        path.write_text("\n".join(" ".join(WORDS[start:] + WORDS[: start // 2]) for start in range(len(WORDS))))
+        words = SENTENCE.split()
+        path.write_text("\n".join(" ".join(words[start:] + words[: start // 2]) for start in range(len(words))))
     return path
 
 
