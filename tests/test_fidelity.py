@@ -80,6 +80,19 @@ def test_logits_of_transformers_are_found_by_their_name():
     assert [tuple(tensor.shape) for tensor in output.tensors] == [(4, 2)]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_a_cache_is_no_output(name):
+    pytest.importorskip("transformers")
+    from hf_networks import build
+
+    model, ids = build(name), torch.arange(40).view(4, 10)
+    named = {"input_ids": ids} if name == "gpt2" else {"input_ids": ids, "decoder_input_ids": ids}
+    (output,) = outputs_of(model, [Call((), named, 4)])
+    # Of T5 the encoder's states too.
+    assert [tuple(tensor.shape) for tensor in output.tensors] == [(4, 10, 99), (4, 10, 64)][: len(named)]
+    assert output.logits is None
+
+
 def test_what_padding_gives_does_not_count():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     x = torch.ones(2, 3, 4)

@@ -137,4 +137,15 @@ def _try(module: nn.Module, call: Call, network: Network, where: str) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         takes = ", ".join(f"{each.name or ''} {_shape(each)}".strip() for each in network.inputs or ())
-        raise UsageError(f"{where}: the model takes {takes}, and not {shapes}: {reason}") from error
+        fix = next((fix for wanted, _, tensor in _pairs(call, network, where) if (fix := _fix(tensor, wanted))), "")
+        raise UsageError(f"{where}: the model takes {takes}, and not {shapes}: {reason}{fix}") from error
+
+
+def _fix(tensor: Tensor, wanted: Input) -> str:
+    """What to do about images (examples, C, H, W) of other sizes than `wanted`; empty for anything else."""
+    if wanted.kind != "float" or len(wanted.shape) != 3:
+        return ""
+    channels, height, width = wanted.shape
+    if tensor.shape[1] != channels:
+        return f"; give images of {channels} channels, or a model that is built for {tensor.shape[1]}"
+    return f"; set img_size, for images of {height}×{width}" if tensor.shape[2:] != (height, width) else ""

@@ -1,7 +1,7 @@
 """Calls with texts, made into tokens by the tokenizer that lies beside the model's weights."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ _FILES = ("tokenizer.json", "vocab*", "*.model", "tekken.json")
 
 
 def read_texts(path: Path, network: Network, wanted: Wanted, max_tokens: int) -> Found:
-    """Texts from the lines of a UTF-8 file, blank ones aside, those of a call padded to its longest.
+    """Texts from the different lines of a UTF-8 file, blank ones aside, those of a call padded to its longest.
 
     Texts of similar length share a call, since padding costs time and teaches nothing.
 
@@ -34,14 +34,14 @@ def read_texts(path: Path, network: Network, wanted: Wanted, max_tokens: int) ->
         raise UsageError(f"max_tokens must be at least 1, not {max_tokens}")
     tokenizer = _tokenizer(network, path)
     limit = min(max_tokens, tokenizer.model_max_length, _positions(network) or max_tokens)
-    texts, lines = _chosen(path, wanted)
+    texts, n = _chosen(path, wanted)
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=limit)["input_ids"]]
     ordered = [text for _, text in sorted(zip(lengths, texts, strict=True), key=lambda pair: pair[0])]
     calls = tuple(
         _call(tokenizer, ordered[start : start + wanted.batch_size], limit, network)
         for start in range(0, len(ordered), wanted.batch_size)
     )
-    return Found(calls, f"{len(texts):,} texts of {path}, out of {lines:,}: {sum(lengths):,} tokens")
+    return Found(calls, f"{len(texts):,} texts of {path}, out of {n:,}: {sum(lengths):,} tokens")
 
 
 def _call(tokenizer: Any, texts: Sequence[str], limit: int, network: Network) -> Call:
@@ -53,17 +53,14 @@ def _call(tokenizer: Any, texts: Sequence[str], limit: int, network: Network) ->
 
 
 def _chosen(path: Path, wanted: Wanted) -> tuple[list[str], int]:
-    """(the wanted texts, how many texts there are). The file is read twice, and never held in memory as a whole."""
+    """(the wanted texts, how many there are). The file is read twice, and never held in memory as a whole."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            n = sum(1 for line in file if line.strip())
-        numbers = wanted.choose(n, str(path)).tolist()
-        places = {number: place for place, number in enumerate(numbers)}
-        texts = [""] * len(numbers)
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(line for line in file if line.strip()):
-                if number in places:
-                    texts[places[number]] = line.strip()
+        n = sum(1 for _ in _texts(path))
+        places = {number: place for place, number in enumerate(wanted.choose(n, str(path)).tolist())}
+        texts = [""] * len(places)
+        for number, text in enumerate(_texts(path)):
+            if number in places:
+                texts[places[number]] = text
     except OSError as error:
         raise LrconvertError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
@@ -72,6 +69,17 @@ def _chosen(path: Path, wanted: Wanted) -> tuple[list[str], int]:
             "or tensors in a .npz, .pt or .safetensors file"
         ) from error
     return texts, n
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The lines of a file, blank ones aside; each once, or texts to calibrate on could be met again in a test."""
+    seen: set[int] = set()
+    with path.open(encoding="utf-8-sig") as file:
+        for line in file:
+            text = line.strip()
+            if text and hash(text) not in seen:
+                seen.add(hash(text))
+                yield text
 
 
 def _tokenizer(network: Network, path: Path) -> Any:

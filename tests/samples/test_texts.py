@@ -65,7 +65,8 @@ def line(number):
 @pytest.fixture
 def lines(tmp_path):
     path = tmp_path / "lines.txt"
-    path.write_bytes("\r\n\n".join(["\ufeff" + line(0), *map(line, range(1, 80)), "  \t"]).encode())
+    # With a mark at its start, two kinds of ends, blank lines, and a text that is there twice.
+    path.write_bytes("\r\n\n".join(["\ufeff" + line(0), *map(line, range(1, 80)), "  \t", line(7)]).encode())
     return path
 
 

@@ -1,4 +1,4 @@
-"""Accuracy without a recipe: the share of right answers, and the same as the trainer's own evaluation."""
+"""Accuracy without a recipe: the share of right answers, and a model that is left as it was."""
 
 import pytest
 import torch
