@@ -98,6 +98,29 @@ class LayerPlan(BaseModel):
         return f"{self.name}.bias" if self.name else "bias"
 
 
+class PlanLatency(BaseModel):
+    """Milliseconds of one call of the model, see `lrconvert.bench`.
+
+    Attributes:
+        dense_ms: of the dense model, measured.
+        predicted_ms: of the factorized model, from the times of its layers alone and of the dense model.
+        measured_ms: of the factorized model, measured in turns with the dense one.
+        measured_on: device, threads and batch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dense_ms: float
+    predicted_ms: float
+    measured_ms: float
+    measured_on: str
+
+    @property
+    def ratio(self) -> float:
+        """Factorized / dense, measured."""
+        return self.measured_ms / self.dense_ms
+
+
 class Plan(BaseModel):
     """The decisions for a whole network.
 
@@ -106,6 +129,7 @@ class Plan(BaseModel):
         order: "execution" when the layers are in the order a forward pass calls them, "file" otherwise.
         rule: the rule that chose the ranks.
         layers: one decision a layer, in that order.
+        latency: of the model with these ranks, where it was measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -114,6 +138,7 @@ class Plan(BaseModel):
     order: Order = "file"
     rule: str = ""
     layers: tuple[LayerPlan, ...]
+    latency: PlanLatency | None = None
 
     @property
     def low_rank(self) -> tuple[LayerPlan, ...]:

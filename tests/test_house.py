@@ -15,11 +15,11 @@ PACKAGE = Path(lrconvert.__file__).parent
 FLOORS = [
     {"errors", "noise"},
     {"recipe", "recipes"},
-    {"inputs", "layers", "patterns", "parallel", "tensors"},
+    {"hardware", "inputs", "layers", "patterns", "parallel", "tensors"},
     {"spectrum", "stable_rank"},
     {"ranks", "cost"},
     {"plan", "rewrite"},
-    {"factorization", "surgery", "profiling", "onnx_graph"},
+    {"factorization", "surgery", "single_layers", "profiling", "bench", "latency", "speed", "onnx_graph"},
     {"checkpoints", "models"},
     {"hf"},
     {"network"},
