@@ -67,11 +67,8 @@ def factorized(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of `model` at the ranks of `plan`, for timing: its factors are random, all else is shared with `model`."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     low_rank = reshape(copy.deepcopy(model, memo=dict(shared)), plan).eval()
-    for parameter in low_rank.parameters():
-        if id(parameter) in shared:
-            continue
-        if parameter.dim() > 1:
-            nn.init.kaiming_normal_(parameter)  # neither overflow nor numbers too small to be normal, which are slow
-        else:
-            nn.init.zeros_(parameter)
+    random = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    for parameter in (parameter for parameter in low_rank.parameters() if id(parameter) not in shared):
+        # Outputs of the size of the inputs: a CPU is slow with numbers that are too small to be normal.
+        nn.init.normal_(parameter, std=max(parameter[0].numel(), 1) ** -0.5, generator=random)
     return low_rank.requires_grad_(False)

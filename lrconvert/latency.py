@@ -1,9 +1,10 @@
 """How long inference takes, measured: every layer dense and at several ranks, and what a plan makes of the model.
 
 Layers of one shape with inputs of one size are timed once, alone, as `lrconvert.profiling` does for training; the dense
-layer and all ranks take turns. A layer alone finds more of its weights in the cache than in the network, and what
-surrounds it there costs time too, so what layers save alone is not quite what the network saves. Predictions are
-therefore scaled once the network was run at some ranks, see `LatencyTable.corrected`.
+layer and all ranks take turns, and the fastest of each counts: other work on the machine only ever adds to a time, and
+would be mistaken for a difference between ranks. A layer alone finds more of its weights in the cache than in the
+network, and what surrounds it there costs time too, so what layers save alone is not quite what the network saves.
+Predictions are therefore scaled once the network was run at some ranks, see `LatencyTable.corrected`.
 """
 
 import statistics
@@ -95,7 +96,7 @@ def measure(model: nn.Module, layers: Sequence[Layer], bench: Bench, seconds: fl
     """Time `model`, and each of `layers` dense and at ranks up to break-even.
 
     Args:
-        model: the dense model with its weights, which is left as it was.
+        model: the dense model, placed on the bench.
         layers: those that may be factorized.
         bench: on what.
         seconds: about how long the layers may take, all together. Slow ones are timed less often and at fewer ranks,
@@ -114,7 +115,7 @@ def measure(model: nn.Module, layers: Sequence[Layer], bench: Bench, seconds: fl
         stacks.setdefault(key, []).append(owner)
     found: dict[str, LayerLatency] = {}
     with torch.random.fork_rng([bench.device] if bench.device.type == "cuda" else []):
-        (model_ms,) = bench.measure([bench.place(model)])
+        (model_ms,) = bench.measure([model])
         block = random_block(list(modules.values()), bench.device)
         end = time.perf_counter() + seconds
         for number, owners in enumerate(stacks.values()):
@@ -161,7 +162,7 @@ class _Stack:
         )
         runs = [self.run(dict(zip(self.weights, job, strict=True))) for job in jobs]
         times = times_in_turns([dense, *runs], MOST_TURNS, self.bench.device, seconds, FEWEST_TURNS)
-        dense_ms, *low_rank_ms = (statistics.median(taken) for taken in times)
+        dense_ms, *low_rank_ms = (min(taken) for taken in times)
         ms = dict(zip(jobs, low_rank_ms, strict=True))
         total = sum(layer.num_params for layer in self.weights)
         for at, (layer, each) in enumerate(zip(self.weights, ranks, strict=True)):
