@@ -11,12 +11,14 @@
     │   ├── UnknownNameError          2  no rule, model source or format has this name
     │   └── PatternError              2  a pattern matches nothing
     ├── NothingToCompressError        3  no layer would get smaller
+    │   └── TargetError               3  no choice of ranks meets a target; the message says how near one comes
     └── VerificationError             4  what was written does not compute what it should
 
 Anything else that escapes is a bug and keeps its traceback.
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -78,12 +80,35 @@ class PatternError(UsageError):
 
 
 class NothingToCompressError(LrconvertError):
-    """No layer would get smaller, or a target cannot be reached."""
+    """No layer would get smaller."""
 
     exit_code = 3
+
+
+class TargetError(NothingToCompressError):
+    """A target that no choice of ranks meets.
+
+    Args:
+        target: what was asked for ("--param-ratio 0.1").
+        closest: the nearest value that can be reached, in the unit of the target; in the message it is rounded up to
+            four digits, so that it can be asked for.
+        fix: what to do about it.
+    """
+
+    def __init__(self, target: str, closest: float, fix: str = "ask for that") -> None:
+        self.closest = closest
+        super().__init__(f"{target} cannot be reached: the closest is {_rounded_up(closest):g}; {fix}")
 
 
 class VerificationError(LrconvertError):
     """What was written does not compute what it should."""
 
     exit_code = 4
+
+
+def _rounded_up(value: float) -> float:
+    """A positive value to four significant digits, upwards."""
+    if not value > 0:
+        return value
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return math.ceil(value / unit) * unit

@@ -13,8 +13,9 @@ from lrconvert import factorization, rewrite
 from lrconvert.errors import PlanError
 from lrconvert.layers import Factored, family_of, low_rank_modules
 from lrconvert.layers.survey import layers_of_module
-from lrconvert.plan import LayerPlan, Plan, can_split
+from lrconvert.plan import LayerPlan, Plan
 from lrconvert.tensors import refs_of
+from lrconvert.views import can_split
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:

@@ -13,12 +13,12 @@ PACKAGE = Path(lrconvert.__file__).parent
 
 # Rooms from the ground up: a room may import its own floor and those below it.
 FLOORS = [
-    {"errors", "noise"},
+    {"errors", "noise", "allocation"},
     {"recipe", "recipes"},
     {"hardware", "inputs", "layers", "patterns", "parallel", "tensors"},
     {"spectrum", "stable_rank"},
-    {"ranks", "cost"},
-    {"plan", "rewrite"},
+    {"ranks", "cost", "budget"},
+    {"plan", "plan_budget", "rewrite", "views"},
     {"factorization", "surgery", "single_layers", "profiling", "bench", "latency", "speed", "onnx_graph"},
     {"checkpoints", "models"},
     {"hf"},

@@ -10,6 +10,7 @@ from torch import nn
 
 from lrconvert.analysis import Analysis, Progress, analyze_layers
 from lrconvert.api.common import header_for, resolve_device
+from lrconvert.budget import one_budget
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from lrconvert.checkpoints.folder import left_behind
 from lrconvert.errors import NothingToCompressError, UsageError
@@ -34,6 +35,10 @@ def make_plan(
     source: Source | Analysis,
     rule: str = "auto",
     *,
+    param_ratio: float | None = None,
+    mac_ratio: float | None = None,
+    max_error: float | None = None,
+    allocator: str | None = None,
     keep_first: int | None = None,
     keep_last: bool = True,
     include: Sequence[str] = (),
@@ -58,8 +63,13 @@ def make_plan(
         source: a checkpoint's path, a live model, or an analysis made earlier.
         rule: name of a rank rule, perhaps with its number: "auto", "rank_ratio=0.25", "energy=0.9"; see
             `lrconvert.ranks.RULES`.
+        param_ratio, mac_ratio: a budget instead of a rule: parameters, or multiply-accumulates, of the whole network,
+            compressed / original. Reached within 1 %.
+        max_error: a budget: fewest parameters with at most this √(total ‖W − W_r‖² / total ‖W‖²) over the layers that
+            may be factorized.
+        allocator: how a budget is distributed, see `lrconvert.budget.ALLOCATORS`; each budget has a default.
         keep_first, keep_last, include, exclude, floor, rank_multiple: see `lrconvert.plan.PlanOptions`.
-        layer_ranks: pattern to rank, overruling the rule.
+        layer_ranks: pattern to rank, overruling rule and budget.
         splits: pattern to number of parts: the outputs of these layers are that many matrices, factorized each on its
             own ({"*.qkv": 3}), or, with 1, together ({"lstm*": 1}).
         include_embeddings: factorize embeddings too.
@@ -72,9 +82,11 @@ def make_plan(
     Raises:
         UsageError: the rule is unknown or a setting makes no sense.
         PlanError: the network is factorized already.
+        TargetError: no choice of ranks meets the budget; the message says how near one comes.
     """
     options = plan_options(
         rule,
+        budget=one_budget(allocator, param_ratio=param_ratio, mac_ratio=mac_ratio, max_error=max_error),
         keep_first=keep_first,
         keep_last=keep_last,
         include=tuple(include),
@@ -129,7 +141,7 @@ def factorize(
 
     Args:
         source: a live model, or a checkpoint's path.
-        plan: a plan, or the name of a rule to make one with.
+        plan: a plan, or the name of a rule to make one with; "auto" also with a budget (`param_ratio=0.6`).
         output: file or folder to write, for a checkpoint; its suffix says the format.
         overwrite: replace an existing output.
         dry_run: decide and report, write nothing.
@@ -274,6 +286,7 @@ def _record(
         model=network.architecture.name if network.architecture else None,
         order=plan.order,
         rule=plan.rule,
+        target=plan.target,
         num_params_before=network.num_params,
         num_params_after=network.num_params - plan.saved_params,
         macs_before=macs,

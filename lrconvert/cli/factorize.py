@@ -34,6 +34,24 @@ def factorize(
             metavar="NAME[=NUMBER]",
         ),
     ] = None,
+    param_ratio: Annotated[
+        float | None, typer.Option("--param-ratio", help="Parameters of the whole network, compressed / original.")
+    ] = None,
+    mac_ratio: Annotated[
+        float | None, typer.Option("--mac-ratio", help="MACs of the whole network, compressed / original.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option("--max-error", help="Largest ‖W − VU‖/‖W‖ of all factorizable layers together."),
+    ] = None,
+    allocator: Annotated[
+        str | None,
+        typer.Option(
+            "--allocator",
+            help="How a budget is distributed: relative_error, absolute_error, stable_rank or uniform.",
+            metavar="NAME",
+        ),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Run a plan that --save-plan wrote.", metavar="FILE")
     ] = None,
@@ -90,7 +108,7 @@ def factorize(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Replace layers by two thin ones, at ranks that a rule, a plan or --auto chooses.
+    """Replace layers by two thin ones, at ranks that a rule, a budget, a plan or --auto chooses.
 
     The plan is stored in the file that is written, so that lrconvert.load rebuilds the model from it.
     """
@@ -107,9 +125,12 @@ def factorize(
         "extra_norm": extra_bn or None,
         "view": view,
         "init": init,
+        "allocator": allocator,
     }
     chosen = {name: value for name, value in settings.items() if value is not None}
-    wanted = _rule(auto, rank_ratio, rank, energy, rule, plan)
+    budgets = {"param_ratio": param_ratio, "mac_ratio": mac_ratio, "max_error": max_error}
+    budget = {name: value for name, value in budgets.items() if value is not None}
+    wanted = _rule(auto, {"rank_ratio": rank_ratio, "rank": rank, "energy": energy}, rule, budget, plan)
     if output is None and not dry_run:
         raise UsageError("say where to write with -o FILE.safetensors, or look first with --dry-run")
     if plan is not None and chosen:
@@ -139,7 +160,7 @@ def factorize(
         ready = (
             load_plan(plan)
             if plan is not None
-            else lrconvert.make_plan(network, wanted, **chosen, device=device, progress=progress)  # type: ignore[arg-type]
+            else lrconvert.make_plan(network, wanted, **budget, **chosen, device=device, progress=progress)  # type: ignore[arg-type]
         )
         if save_plan is not None:
             lrconvert.save_plan(ready, save_plan, overwrite=overwrite)
@@ -160,24 +181,24 @@ _OPTIONS = {
 
 
 def _rule(
-    auto: bool,
-    rank_ratio: float | None,
-    rank: int | None,
-    energy: float | None,
-    rule: str | None,
-    plan: Path | None,
+    auto: bool, shorthands: dict[str, float | None], rule: str | None, budget: dict[str, float], plan: Path | None
 ) -> str:
-    """The one rule that the options name, as `lrconvert.make_plan` takes it; empty when a plan was given."""
-    shorthands = {"rank_ratio": rank_ratio, "rank": rank, "energy": energy}
+    """The one rule that the options name, as `lrconvert.make_plan` takes it; "auto" beside a budget or a plan."""
     rules = [f"{name}={value}" for name, value in shorthands.items() if value is not None]
     rules += [rule] if rule is not None else []
-    rules += ["auto"] if auto else []
+    budgets = [f"{name}={value}" for name, value in budget.items()]
+    # Beside a budget, --auto leaves to the budget how it is distributed.
+    rules += ["auto"] if auto and not budgets else []
     if plan is not None:
-        if rules:
-            raise UsageError(f"--plan and {rules[0].partition('=')[0]} both choose the ranks: give one of them")
-        return ""
-    if not rules:
-        raise UsageError("say how to choose the ranks: --auto, --rank-ratio, --rank, --energy, --rule or --plan")
-    if len(rules) > 1:
-        raise UsageError(f"one rank rule at a time: {' and '.join(rules)} were given")
-    return rules[0]
+        if rules or budgets:
+            name = [*rules, *budgets][0].partition("=")[0]
+            raise UsageError(f"--plan and {name} both choose the ranks: give one of them")
+        return "auto"
+    if not rules and not budgets:
+        raise UsageError(
+            "say how to choose the ranks: --auto, --rank-ratio, --rank, --energy, --rule, a budget (--param-ratio, "
+            "--mac-ratio, --max-error) or --plan"
+        )
+    if len(rules) + len(budgets) > 1:
+        raise UsageError(f"one rank rule at a time, or one budget: {' and '.join([*rules, *budgets])} were given")
+    return rules[0] if rules else "auto"

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from lrconvert.cost import MAC_CONVENTION
+from lrconvert.plan import Target
 
 
 class Record(BaseModel):
@@ -129,7 +130,8 @@ class FactorizeRecord(Record):
     Attributes:
         source, model, order, mac_convention, notes: as in `AnalyzeRecord`.
         output: what was written; None for a dry run.
-        rule: the rank rule.
+        rule: the rule or the budget that chose the ranks.
+        target: what a budget asked for and what is reached, predicted; None without, and for plans read from a file.
         num_params_before, num_params_after: of the whole network.
         macs_before, macs_after: of the whole network for one input, where it was traced.
         nbytes_before, nbytes_after: size on disk, measured.
@@ -146,6 +148,7 @@ class FactorizeRecord(Record):
     model: str | None
     order: Literal["execution", "file"]
     rule: str
+    target: Target | None = None
     num_params_before: int
     num_params_after: int
     macs_before: int | None

@@ -16,6 +16,7 @@ from lrconvert.report.tables import (
     print_notes,
     print_reasons,
     shape_text,
+    target_text,
 )
 from lrconvert.report.terminal_training import render_evaluate, render_train
 
@@ -109,6 +110,8 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
             ]
         )
     )
+    if record.target is not None:
+        console.print(target_text(record.target))
     if record.macs_before is not None:
         console.print(f"MACs: {record.mac_convention}.", style="dim")
     if record.seconds is not None:

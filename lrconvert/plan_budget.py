@@ -1,0 +1,194 @@
+"""A plan that meets a budget: the ranks of all layers are chosen together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lrconvert.allocation import DENSE, Allocation, FloatArray, IntArray, Options, allocate, least_cost
+from lrconvert.budget import ALLOCATORS, KINDS, Budget
+from lrconvert.cost import Trace
+from lrconvert.errors import TargetError
+from lrconvert.layers import Layer
+from lrconvert.plan import (
+    ALL_ZERO,
+    GIVEN,
+    LayerPlan,
+    Order,
+    Plan,
+    PlanOptions,
+    Target,
+    allowed_ranks,
+    given_rank,
+    lowest_rank,
+    reasons_to_stay_dense,
+    would_not_shrink,
+)
+from lrconvert.ranks import Evidence
+
+# How far below a ratio a plan may end, relative to the ratio.
+TOLERANCE = 0.01
+# What a ratio may be off by because it was computed in binary.
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a network and its layers cost, in one unit.
+
+    Attributes:
+        whole: the dense network, with all that no layer here accounts for.
+        dense: each layer, dense.
+        low_rank: each layer at every rank (full_rank + 1,), from 0 up.
+    """
+
+    whole: float
+    dense: Mapping[str, float]
+    low_rank: Mapping[str, FloatArray]
+
+
+def param_prices(layers: Sequence[Layer], num_params: int) -> Prices:
+    """Parameters of `layers`, in a network that has `num_params`."""
+    return Prices(
+        num_params,
+        {layer.name: layer.num_params for layer in layers},
+        {layer.name: np.arange(layer.full_rank + 1.0) * layer.num_low_rank_params(1) for layer in layers},
+    )
+
+
+def mac_prices(layers: Sequence[Layer], trace: Trace) -> Prices:
+    """MACs of `layers`, in the network that `trace` is of."""
+    dense, low_rank = {}, {}
+    for layer in layers:
+        positions = trace.positions.get(layer.owner, 0)
+        dense[layer.name] = float(layer.macs(positions) or 0)
+        one = layer.macs(positions, 1, trace.halfway.get(layer.owner))
+        # What cannot be counted cannot be saved.
+        low_rank[layer.name] = np.array([np.inf if one is None else one * rank for rank in range(layer.full_rank + 1)])
+    return Prices(trace.macs, dense, low_rank)
+
+
+def plan_within(
+    budget: Budget,
+    layers: Sequence[Layer],
+    evidence: Mapping[str, Evidence],
+    prices: Prices,
+    options: PlanOptions,
+    order: Order = "file",
+    curves: Mapping[str, FloatArray] | None = None,
+) -> Plan:
+    """The plan that meets `budget` at the least error, or the one within a largest error at the least cost.
+
+    Args:
+        budget: what to meet.
+        layers: every weight of the network, in `order`.
+        evidence: by layer name; needed for every layer that `reasons_to_stay_dense` does not name, as are `prices`.
+        prices: in the unit of the budget; parameters for a largest error.
+        options: what the user asked for.
+        order: what the sequence of `layers` is.
+        curves: squared error of each layer at every rank (full_rank + 1,), from 0 up, in place of the allocator's own.
+
+    Raises:
+        PatternError: a pattern matches no layer.
+        TargetError: no choice of ranks comes within 1 % of a ratio, or below a largest error.
+    """
+    allocator = ALLOCATORS[budget.allocator]
+    reasons = reasons_to_stay_dense(layers, options)
+    may = [layer for layer in layers if layer.name not in reasons]
+    errors = curves or {layer.name: allocator.curve(evidence[layer.name]) for layer in may}
+    ranks = {layer.name: _worthwhile_ranks(layer, prices, options) for layer in may}
+    for layer in may:
+        if evidence[layer.name].spectrum.is_zero:
+            reasons[layer.name] = ALL_ZERO
+        elif not allowed_ranks(layer, options):
+            reasons[layer.name] = would_not_shrink(layer, lowest_rank(layer, options))
+        elif not len(ranks[layer.name]):
+            reasons[layer.name] = f"would not save {KINDS[budget.kind].unit}"
+    free = [layer for layer in may if layer.name not in reasons]
+    choices = [_options_of(layer, ranks[layer.name], errors[layer.name], prices, options) for layer in free]
+    turns = None
+    if allocator.share is not None:
+        turns = [
+            np.where(choice.ranks == DENSE, layer.break_even_rank + 1, choice.ranks)
+            / allocator.share(evidence[layer.name])
+            for layer, choice in zip(free, choices, strict=True)
+        ]
+    if budget.kind == "max_error":
+        norm = sum(float(errors[layer.name][0]) for layer in may)
+        allocation, reached = _within_error(budget, choices, turns, norm)
+    else:
+        fixed = prices.whole - sum(prices.dense[layer.name] for layer in free)
+        allocation, reached = _within_cost(budget, choices, turns, fixed, prices.whole)
+    chosen = {layer.name: rank for layer, rank in zip(free, allocation.ranks, strict=True)}
+    decisions = []
+    for layer in layers:
+        rank, reason = chosen.get(layer.name), reasons.get(layer.name)
+        if reason is None:
+            reason = budget.words if given_rank(layer, options) is None else GIVEN
+        error = None if rank is None else evidence[layer.name].spectrum.error(rank)
+        decisions.append(LayerPlan.of(layer, rank, reason, error))
+    target = Target(kind=budget.kind, asked=budget.target, reached=reached)
+    return Plan(order=order, rule=str(budget), target=target, layers=tuple(decisions))
+
+
+def _worthwhile_ranks(layer: Layer, prices: Prices, options: PlanOptions) -> IntArray:
+    """The ranks worth giving to `layer`: those that shrink it and cost less than the dense layer; or the one given."""
+    ranks = np.array(allowed_ranks(layer, options), dtype=np.int64)
+    if given_rank(layer, options) is not None:
+        return ranks
+    return ranks[prices.low_rank[layer.name][ranks] < prices.dense[layer.name]]
+
+
+def _options_of(layer: Layer, ranks: IntArray, curve: FloatArray, prices: Prices, options: PlanOptions) -> Options:
+    low_rank = Options(ranks, prices.low_rank[layer.name][ranks], curve[ranks])
+    if given_rank(layer, options) is not None:
+        return low_rank
+    return Options(
+        np.append(low_rank.ranks, DENSE),
+        np.append(low_rank.costs, prices.dense[layer.name]),
+        np.append(low_rank.errors, 0.0),
+    )
+
+
+def _within_error(
+    budget: Budget, choices: Sequence[Options], turns: Sequence[FloatArray] | None, norm: float
+) -> tuple[Allocation, float]:
+    """(allocation, error reached) for a budget of errors, of layers whose squared norms add up to `norm`."""
+    try:
+        allocation = least_cost(choices, budget.target**2 * norm, turns)
+    except TargetError as error:
+        closest = (error.closest / norm) ** 0.5
+        raise TargetError(
+            f"{budget.option} {budget.target:g}", closest, "ask for that, or for higher ranks in --layer-rank"
+        ) from None
+    return allocation, (allocation.error / norm) ** 0.5 if norm else 0.0
+
+
+def _within_cost(
+    budget: Budget, choices: Sequence[Options], turns: Sequence[FloatArray] | None, fixed: float, whole: float
+) -> tuple[Allocation, float]:
+    """(allocation, ratio reached) for a budget of costs, of which `fixed` is beyond choice."""
+    limit = budget.target * whole * (1 + _ROUNDING) - fixed
+    at_least = (1 - TOLERANCE) * budget.target * whole - fixed
+    asked = f"{budget.option} {budget.target:g}"
+    try:
+        allocation = allocate(choices, limit, turns, at_least)
+    except TargetError as error:
+        raise TargetError(
+            asked,
+            (fixed + error.closest) / whole,
+            ("ask for that, or " if choices else "")
+            + "let more layers be factorized (--keep-first 0, --factorize-last, --include-embeddings)",
+        ) from None
+    if allocation.cost < at_least:
+        closest = _closest_cost(choices, turns, limit, allocation.cost)
+        raise TargetError(asked, (fixed + closest) / whole, "ask for that, or for ranks in finer steps")
+    return allocation, (fixed + allocation.cost) / whole
+
+
+def _closest_cost(choices: Sequence[Options], turns: Sequence[FloatArray] | None, limit: float, below: float) -> float:
+    """The cost nearest to `limit` that an allocation has, given the nearest one `below`."""
+    closest, ceiling = below, 2 * limit - below
+    while (above := allocate(choices, ceiling, turns, limit).cost) > limit:
+        closest, ceiling = above, above * (1 - _ROUNDING)
+    return closest
