@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +45,10 @@ class LayerLatency:
     def at(self, rank: int | None) -> float:
         """The time at `rank`, None for dense: interpolated; beyond the ranks that were timed, that of the nearest."""
         return self.dense_ms if rank is None else float(np.interp(rank, self.ranks, self.ms))
+
+    def curve(self, full_rank: int) -> npt.NDArray[np.float64]:
+        """The time at every rank (full_rank + 1,), from 0 up."""
+        return np.interp(np.arange(full_rank + 1), self.ranks, self.ms)
 
 
 @dataclass(frozen=True)

@@ -365,7 +365,7 @@ def _rounded(rank: int, multiple: int, break_even: int) -> int:
 def load_plan(path: str | Path) -> Plan:
     """Read a plan that `save_plan` wrote and perhaps somebody edited.
 
-    Predicted errors, latency, and what was reached of a target, are left out: edited ranks have others. `lrconvert.factorize`
+    Errors, latency, and what was reached of a target, are left out: edited ranks have others. `lrconvert.factorize`
     predicts errors anew.
 
     Raises:

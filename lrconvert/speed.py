@@ -1,19 +1,26 @@
 """Plans that make a model faster, by measured time: layers that get slower stay dense, and the whole has to gain."""
 
+import math
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import nn
 
 from lrconvert.bench import Bench, factorized
 from lrconvert.errors import NothingToCompressError
-from lrconvert.latency import LatencyTable
+from lrconvert.latency import LatencyTable, LayerLatency
 from lrconvert.plan import LayerPlan, Plan, PlanLatency
 
 Goal = Literal["size", "speed", "both"]
 
 # What a layer has to gain, as a share of its dense time. Medians of layers that are equally fast differ by some
 # percent from run to run: without a margin, noise would factorize layers that lose accuracy and gain nothing.
-LEAST_GAIN: dict[Goal, float] = {"speed": 0.05, "both": 0.0}
+LEAST_GAIN: Mapping[Goal, float] = {"speed": 0.05, "both": 0.0}
+
+
+def slowest_allowed(layer: LayerLatency, goal: Goal) -> float:
+    """Milliseconds that `layer` may take when it is low rank."""
+    return math.inf if goal == "size" else (1 - LEAST_GAIN[goal]) * layer.dense_ms
 
 
 def reason_too_slow(table: LatencyTable, name: str, rank: int, goal: Goal) -> str:
@@ -23,7 +30,7 @@ def reason_too_slow(table: LatencyTable, name: str, rank: int, goal: Goal) -> st
     layer = table.layers.get(name)
     if layer is None:
         return "not timed: never called in a forward pass"
-    if layer.at(rank) <= (1 - LEAST_GAIN[goal]) * layer.dense_ms:
+    if layer.at(rank) <= slowest_allowed(layer, goal):
         return ""
     word = "slower" if layer.at(rank) > layer.dense_ms else "hardly faster"
     return f"{word}: {layer.dense_ms:.3g} ms dense, {layer.at(rank):.3g} ms at rank {rank}"
