@@ -18,7 +18,9 @@ from torch import nn
 
 def build():
     return nn.Sequential(
-        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+        nn.Linear(64, 128), nn.ReLU(),
+        nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
+        nn.Linear(128, 10),
     )
 """
 
