@@ -32,6 +32,7 @@ class BudgetKind:
 KINDS: Mapping[str, BudgetKind] = {
     "param_ratio": BudgetKind("parameters", "compressed / original, over the whole network", "relative_error"),
     "mac_ratio": BudgetKind("MACs", "compressed / original, over the whole network", "relative_error"),
+    "latency_ratio": BudgetKind("time", "compressed / original, over the whole network", "relative_error"),
     "max_error": BudgetKind("error", "√(total squared error / total squared norm)", "absolute_error"),
 }
 

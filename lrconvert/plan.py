@@ -122,6 +122,29 @@ class Target(BaseModel):
     reached: float
 
 
+class PlanLatency(BaseModel):
+    """Milliseconds of one call of the model, see `lrconvert.bench`.
+
+    Attributes:
+        dense_ms: of the dense model, measured.
+        predicted_ms: of the factorized model, from the times of its layers alone and of the dense model.
+        measured_ms: of the factorized model, measured in turns with the dense one.
+        measured_on: device, threads and batch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dense_ms: float
+    predicted_ms: float
+    measured_ms: float
+    measured_on: str
+
+    @property
+    def ratio(self) -> float:
+        """Factorized / dense, measured."""
+        return self.measured_ms / self.dense_ms
+
+
 class Plan(BaseModel):
     """The decisions for a whole network.
 
@@ -131,6 +154,7 @@ class Plan(BaseModel):
         rule: the rule or the budget that chose the ranks.
         target: what the budget asked for, where the ranks were chosen within one.
         layers: one decision a layer, in that order.
+        latency: of the model with these ranks, where it was measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -140,6 +164,7 @@ class Plan(BaseModel):
     rule: str = ""
     target: Target | None = None
     layers: tuple[LayerPlan, ...]
+    latency: PlanLatency | None = None
 
     @property
     def low_rank(self) -> tuple[LayerPlan, ...]:
@@ -343,7 +368,7 @@ def _rounded(rank: int, multiple: int, break_even: int) -> int:
 def load_plan(path: str | Path) -> Plan:
     """Read a plan that `save_plan` wrote and perhaps somebody edited.
 
-    Predicted errors, and what was reached of a target, are left out: edited ranks have others. `lrconvert.factorize`
+    Errors, latency, and what was reached of a target, are left out: edited ranks have others. `lrconvert.factorize`
     predicts errors anew.
 
     Raises:
@@ -360,7 +385,7 @@ def load_plan(path: str | Path) -> Plan:
         where = ".".join(str(part) for part in first["loc"])
         raise PlanError(f"{path}: not a plan: {where + ': ' if where else ''}{first['msg']}") from None
     layers = tuple(layer.model_copy(update={"error": None}) for layer in plan.layers)
-    return plan.model_copy(update={"layers": layers, "target": None})
+    return plan.model_copy(update={"layers": layers, "target": None, "latency": None})
 
 
 def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -26,6 +26,9 @@ from lrconvert.plan import (
 )
 from lrconvert.ranks import Evidence
 
+# How the reason begins of a layer that the budget's unit gives no reason to factorize.
+WOULD_NOT_SAVE = "would not save"
+
 # How far below a ratio a plan may end, relative to the ratio.
 TOLERANCE = 0.01
 # What a ratio may be off by because it was computed in binary.
@@ -103,7 +106,7 @@ def plan_within(
         elif not allowed_ranks(layer, options):
             reasons[layer.name] = would_not_shrink(layer, lowest_rank(layer, options))
         elif not len(ranks[layer.name]):
-            reasons[layer.name] = f"would not save {KINDS[budget.kind].unit}"
+            reasons[layer.name] = f"{WOULD_NOT_SAVE} {KINDS[budget.kind].unit}"
     free = [layer for layer in may if layer.name not in reasons]
     choices = [_options_of(layer, ranks[layer.name], errors[layer.name], prices, options) for layer in free]
     turns = None

@@ -122,9 +122,10 @@ class Candidates:
             layer.name: Evidence(layer, spectra[layer.name], xi.get(layer.name, closed_form_xi(layer)))
             for layer in self.layers
         }
-        return plan_within(budget, layers, evidence, prices or self._prices(budget), self.options, order, curves)
+        return plan_within(budget, layers, evidence, prices or self.prices(budget), self.options, order, curves)
 
-    def _prices(self, budget: Budget) -> Prices:
+    def prices(self, budget: Budget) -> Prices:
+        """What the candidates cost in the unit of `budget`, where that can be counted: parameters or MACs."""
         if budget.kind == "mac_ratio":
             return mac_prices(self.layers, _traced(self.network, budget))
         return param_prices(self.layers, self.network.num_params)

@@ -15,11 +15,11 @@ PACKAGE = Path(lrconvert.__file__).parent
 FLOORS = [
     {"errors", "noise", "allocation"},
     {"recipe", "recipes"},
-    {"inputs", "layers", "modes", "patterns", "parallel", "tensors"},
+    {"hardware", "inputs", "layers", "modes", "parallel", "patterns", "tensors"},
     {"spectrum", "stable_rank"},
     {"ranks", "cost", "budget", "fidelity", "products", "response"},
     {"plan", "plan_budget", "rewrite", "views"},
-    {"calibration", "factorization", "surgery", "profiling", "onnx_graph", "sensitivity"},
+    {"bench", "calibration", "factorization", "latency", "onnx_graph", "profiling", "sensitivity", "single_layers", "speed", "surgery"},
     {"checkpoints", "models"},
     {"hf"},
     {"network"},

@@ -3,26 +3,30 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 from torch import nn
 
+from lrconvert import hardware
 from lrconvert.analysis import Analysis, Progress, analyze_layers
 from lrconvert.api.common import header_for, resolve_device
-from lrconvert.budget import one_budget
+from lrconvert.api.timing import bench_for, plan_by_time
+from lrconvert.budget import Budget, one_budget
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from lrconvert.checkpoints.folder import left_behind
-from lrconvert.errors import NothingToCompressError, UsageError
+from lrconvert.errors import NothingToCompressError, UnknownNameError, UsageError
 from lrconvert.factorization import factorizing
 from lrconvert.hf.mark import mark
 from lrconvert.inputs import shape_of
 from lrconvert.layers import View
 from lrconvert.network import Network, Source, open_network, refuse_quantized
 from lrconvert.plan import Plan, check_plan
+from lrconvert.plan_budget import Prices
 from lrconvert.planning import candidates_of, plan_options, refuse_factorized
 from lrconvert.report.decisions import layer_decisions
 from lrconvert.report.record import FactorizeRecord
+from lrconvert.speed import Goal
 from lrconvert.surgery import check_fits, factorize_module, merge_module
 from lrconvert.tensors import shapes_of
 
@@ -37,6 +41,7 @@ def make_plan(
     *,
     param_ratio: float | None = None,
     mac_ratio: float | None = None,
+    latency_ratio: float | None = None,
     max_error: float | None = None,
     allocator: str | None = None,
     keep_first: int | None = None,
@@ -44,12 +49,15 @@ def make_plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     floor: float = 0.0,
-    rank_multiple: int = 1,
+    rank_multiple: int | Literal["auto"] = 1,
     layer_ranks: Mapping[str, int] | None = None,
     splits: Mapping[str, int] | None = None,
     include_embeddings: bool = False,
     extra_norm: bool = False,
     view: View = "channel",
+    goal: Goal = "size",
+    batch_size: int = 1,
+    channels_last: bool = False,
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -65,10 +73,12 @@ def make_plan(
             `lrconvert.ranks.RULES`.
         param_ratio, mac_ratio: a budget instead of a rule: parameters, or multiply-accumulates, of the whole network,
             compressed / original. Reached within 1 %.
+        latency_ratio: a budget: time of one call, compressed / original, measured; what is predicted is within 1 %.
         max_error: a budget: fewest parameters with at most this √(total ‖W − W_r‖² / total ‖W‖²) over the layers that
             may be factorized.
         allocator: how a budget is distributed, see `lrconvert.budget.ALLOCATORS`; each budget has a default.
-        keep_first, keep_last, include, exclude, floor, rank_multiple: see `lrconvert.plan.PlanOptions`.
+        keep_first, keep_last, include, exclude, floor, rank_multiple: see `lrconvert.plan.PlanOptions`; the multiple
+            "auto" is what the device likes, see `lrconvert.hardware`.
         layer_ranks: pattern to rank, overruling rule and budget.
         splits: pattern to number of parts: the outputs of these layers are that many matrices, factorized each on its
             own ({"*.qkv": 3}), or, with 1, together ({"lstm*": 1}).
@@ -77,6 +87,10 @@ def make_plan(
             (Cuttlefish section 4.1).
         view: "spatial" factorizes convolutions of two dimensions into one across and one down, as SI&FD does, instead
             of one with the whole kernel and one of kernel 1.
+        goal: "speed" leaves layers dense that are not 5 % faster at their rank, and refuses a plan that makes the whole
+            model no faster; "both" leaves those dense that are slower; "size" asks nothing. All but "size" run the
+            model to measure that on `device`, which takes up to a minute.
+        batch_size, channels_last: of the calls that are timed.
         model, model_args, input_shape, init, device, progress: see `analyze`.
 
     Raises:
@@ -84,22 +98,30 @@ def make_plan(
         PlanError: the network is factorized already.
         TargetError: no choice of ranks meets the budget; the message says how near one comes.
     """
+    if goal not in get_args(Goal):
+        raise UnknownNameError("goal", goal, get_args(Goal))
+    network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
+    where = resolve_device(device)
     options = plan_options(
         rule,
-        budget=one_budget(allocator, param_ratio=param_ratio, mac_ratio=mac_ratio, max_error=max_error),
+        budget=one_budget(
+            allocator, param_ratio=param_ratio, mac_ratio=mac_ratio, latency_ratio=latency_ratio, max_error=max_error
+        ),
         keep_first=keep_first,
         keep_last=keep_last,
         include=tuple(include),
         exclude=tuple(exclude),
         floor=floor,
-        rank_multiple=rank_multiple,
+        rank_multiple=_preferred_multiple(network, where) if rank_multiple == "auto" else rank_multiple,
         layer_ranks=layer_ranks,
         splits=splits,
         include_embeddings=include_embeddings,
         extra_norm=extra_norm,
         view=view,
     )
-    network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
+    budget = options.rule if isinstance(options.rule, Budget) else None
+    by_time = goal != "size" or (budget is not None and budget.kind == "latency_ratio")
+    bench = bench_for(network, batch_size, where, channels_last) if by_time else None
     candidates = candidates_of(network, options)
     if isinstance(source, Analysis):
         missing = [layer.name for layer in candidates.layers if layer.name not in source.spectra]
@@ -110,9 +132,19 @@ def make_plan(
         analysis = source
     else:
         initial = open_network(init) if init is not None else None
-        where = resolve_device(device)
         analysis = analyze_layers(candidates.network, candidates.layers, initial, where, progress)
-    return candidates.plan(analysis.spectra, {layer.name: analysis.xi(layer) for layer in candidates.layers})
+    xi = {layer.name: analysis.xi(layer) for layer in candidates.layers}
+
+    def decide(prices: Prices | None = None) -> Plan:
+        return candidates.plan(analysis.spectra, xi, prices=prices)
+
+    return decide() if bench is None else plan_by_time(candidates, decide, goal, bench)
+
+
+def _preferred_multiple(network: Network, device: torch.device) -> int:
+    """The multiple of ranks that `device` likes for the weights of `network`."""
+    dtypes = (network.tensors[layer.weight].dtype for layer in network.layers if not layer.dense_reason)
+    return hardware.rank_multiple(device, next(dtypes, torch.float32))
 
 
 @overload
@@ -287,6 +319,10 @@ def _record(
         order=plan.order,
         rule=plan.rule,
         target=plan.target,
+        latency_before_ms=plan.latency.dense_ms if plan.latency else None,
+        latency_after_predicted_ms=plan.latency.predicted_ms if plan.latency else None,
+        latency_after_ms=plan.latency.measured_ms if plan.latency else None,
+        latency_note=plan.latency.measured_on if plan.latency else None,
         num_params_before=network.num_params,
         num_params_after=network.num_params - plan.saved_params,
         macs_before=macs,

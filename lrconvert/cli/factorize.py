@@ -40,6 +40,10 @@ def factorize(
     mac_ratio: Annotated[
         float | None, typer.Option("--mac-ratio", help="MACs of the whole network, compressed / original.")
     ] = None,
+    latency_ratio: Annotated[
+        float | None,
+        typer.Option("--latency-ratio", help="Time of one call, compressed / original, measured on this device."),
+    ] = None,
     max_error: Annotated[
         float | None,
         typer.Option("--max-error", help="Largest ‖W − VU‖/‖W‖ of all factorizable layers together."),
@@ -52,6 +56,18 @@ def factorize(
             metavar="NAME",
         ),
     ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="speed: no layer that is not faster, measured; both (--auto's own): none that is slower; or size.",
+            metavar="GOAL",
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Of the calls that are timed.")] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Images and convolutions are channels_last when they are timed.")
+    ] = False,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Run a plan that --save-plan wrote.", metavar="FILE")
     ] = None,
@@ -89,7 +105,8 @@ def factorize(
         typer.Option("--view", help="channel, or spatial: 2-d convolutions become one across and one down."),
     ] = None,
     rank_multiple: Annotated[
-        int | None, typer.Option("--rank-multiple", help="Round ranks to multiples of this (8 suits most hardware).")
+        str | None,
+        typer.Option("--rank-multiple", help="Round ranks to multiples of this; auto: what the device likes."),
     ] = None,
     rank_floor: Annotated[
         float | None, typer.Option("--rank-floor", help="Smallest rank, as a share of full rank.")
@@ -118,7 +135,7 @@ def factorize(
         "include": include,
         "exclude": exclude,
         "floor": rank_floor,
-        "rank_multiple": rank_multiple,
+        "rank_multiple": options.parse_multiple(rank_multiple),
         "layer_ranks": options.parse_numbers("--layer-rank", layer_rank) or None,
         "splits": options.parse_numbers("--split", split) or None,
         "include_embeddings": include_embeddings or None,
@@ -126,9 +143,17 @@ def factorize(
         "view": view,
         "init": init,
         "allocator": allocator,
+        "goal": goal,
+        "batch_size": batch_size,
+        "channels_last": channels_last or None,
     }
     chosen = {name: value for name, value in settings.items() if value is not None}
-    budgets = {"param_ratio": param_ratio, "mac_ratio": mac_ratio, "max_error": max_error}
+    budgets = {
+        "param_ratio": param_ratio,
+        "mac_ratio": mac_ratio,
+        "latency_ratio": latency_ratio,
+        "max_error": max_error,
+    }
     budget = {name: value for name, value in budgets.items() if value is not None}
     wanted = _rule(auto, {"rank_ratio": rank_ratio, "rank": rank, "energy": energy}, rule, budget, plan)
     if output is None and not dry_run:
@@ -152,6 +177,8 @@ def factorize(
         options.parse_model_args(model_arg),
         options.parse_shape(input_shape),
     )
+    if auto and not budget and network.module is not None and network.inputs is not None:
+        chosen.setdefault("goal", "both")
     if output is not None and not dry_run:
         check_output(output, network.checkpoint, overwrite)
     if save_plan is not None:
@@ -177,6 +204,7 @@ _OPTIONS = {
     "layer_ranks": "--layer-rank",
     "splits": "--split",
     "extra_norm": "--extra-bn",
+    "goal": "--for",
 }
 
 
@@ -197,7 +225,7 @@ def _rule(
     if not rules and not budgets:
         raise UsageError(
             "say how to choose the ranks: --auto, --rank-ratio, --rank, --energy, --rule, a budget (--param-ratio, "
-            "--mac-ratio, --max-error) or --plan"
+            "--mac-ratio, --latency-ratio, --max-error) or --plan"
         )
     if len(rules) + len(budgets) > 1:
         raise UsageError(f"one rank rule at a time, or one budget: {' and '.join([*rules, *budgets])} were given")

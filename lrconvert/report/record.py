@@ -134,6 +134,10 @@ class FactorizeRecord(Record):
         target: what a budget asked for and what is reached, predicted; None without, and for plans read from a file.
         num_params_before, num_params_after: of the whole network.
         macs_before, macs_after: of the whole network for one input, where it was traced.
+        latency_before_ms, latency_after_ms: median time of one call of the dense model and of the factorized one,
+            measured in turns; None where nothing was timed.
+        latency_after_predicted_ms: of the factorized model, from the times of its layers alone.
+        latency_note: on what they were measured: device, threads and batch.
         nbytes_before, nbytes_after: size on disk, measured.
         seconds: time spent on reading, factorizing and writing, measured.
         checked_with, difference: what ran the written graph beside the one with merged weights, and the largest
@@ -149,6 +153,10 @@ class FactorizeRecord(Record):
     order: Literal["execution", "file"]
     rule: str
     target: Target | None = None
+    latency_before_ms: float | None = None
+    latency_after_ms: float | None = None
+    latency_after_predicted_ms: float | None = None
+    latency_note: str | None = None
     num_params_before: int
     num_params_after: int
     macs_before: int | None

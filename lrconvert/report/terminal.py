@@ -112,6 +112,13 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
     )
     if record.target is not None:
         console.print(target_text(record.target))
+    if record.latency_before_ms and record.latency_after_ms and record.latency_after_predicted_ms:
+        before, after, predicted = record.latency_before_ms, record.latency_after_ms, record.latency_after_predicted_ms
+        console.print(
+            f"latency {before:.4g} ms → {after:.4g} ms, {after / before:.3f} of dense (measured; "
+            f"{predicted / before:.3f} predicted)"
+        )
+        console.print(f"on {record.latency_note}", style="dim")
     if record.macs_before is not None:
         console.print(f"MACs: {record.mac_convention}.", style="dim")
     if record.seconds is not None:
