@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lrconvert.api.analyze import analyze
+    from lrconvert.api.calibrate import calibrate
     from lrconvert.api.compare import compare
     from lrconvert.api.export import export
     from lrconvert.api.factorize import factorize, make_plan, merge
@@ -36,6 +37,7 @@ __all__ = [
     "Pufferfish",
     "StabilityCriterion",
     "analyze",
+    "calibrate",
     "compare",
     "evaluate",
     "export",
@@ -62,6 +64,7 @@ _HOME = {
     "SIFD": "training.schedules",
     "StabilityCriterion": "training.schedules",
     "analyze": "api.analyze",
+    "calibrate": "api.calibrate",
     "compare": "api.compare",
     "evaluate": "api.train",
     "export": "api.export",

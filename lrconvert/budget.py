@@ -99,12 +99,13 @@ class Allocator:
 
     Attributes:
         meaning: one line for help texts.
-        curve: squared error of a layer at every rank (full_rank + 1,), from 0 up, in a unit that adds over layers.
+        curve: squared error of a layer at every rank (full_rank + 1,), from 0 up, in a unit that adds over layers; None
+            where only a calibration knows it.
         share: ranks of all layers are this, of each, times one common factor; None where errors alone decide.
     """
 
     meaning: str
-    curve: Callable[[Evidence], FloatArray]
+    curve: Callable[[Evidence], FloatArray] | None
     share: Callable[[Evidence], float] | None = None
 
 
@@ -131,5 +132,7 @@ ALLOCATORS: Mapping[str, Allocator] = {
     "relative_error": Allocator("least total of ‖W − W_r‖² / ‖W‖²", relative_curve),
     "absolute_error": Allocator("least total of ‖W − W_r‖²", error_curve),
     "stable_rank": Allocator("Cuttlefish's scaled stable ranks, times one factor", error_curve, _scaled_stable_rank),
+    "output_error": Allocator("least total error of the network's output, predicted by --calibrate", None),
+    "sensitivity": Allocator("the same, corrected by what low ranks of each layer were measured to do", None),
     "uniform": Allocator("one rank ratio for all layers", error_curve, lambda evidence: evidence.layer.full_rank),
 }

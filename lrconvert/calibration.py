@@ -8,22 +8,22 @@ differentiated once: without labels, E[g gᵀ] of what arrives at a layer says h
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from lrconvert.allocation import FloatArray
 from lrconvert.errors import UsageError
+from lrconvert.inputs import Call
 from lrconvert.layers import Layer
 from lrconvert.layers.explicit import explicit
+from lrconvert.modes import evaluating
 from lrconvert.products import Product, product_of
 from lrconvert.response import Response
-
-# Arguments of one call of a network: positional and by name.
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Bytes of second moments that are collected in one go; where all layers need more, the calls are repeated.
 _MEMORY = 4 << 30
@@ -38,8 +38,10 @@ class Calibration:
         examples: how many there were.
         two_sided: whether gradients are in the responses. Squared errors are then in one unit, that of the network's
             output for one example, and may be added over layers; else they are each layer's own.
+        measured: by layer name, what `lrconvert.sensitivity` measured, where it was asked to.
         output_energy: mean ‖y‖² of the network's (first) output for one example.
         seconds: how long it took.
+        notes: where the examples come from, in words.
     """
 
     responses: Mapping[str, Response]
@@ -47,6 +49,19 @@ class Calibration:
     two_sided: bool
     output_energy: float
     seconds: float
+    measured: Mapping[str, FloatArray] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def curves(self) -> dict[str, FloatArray]:
+        """By layer name, predicted squared error of the output at every rank (full_rank + 1,), from 0 up."""
+        curves = {}
+        for name, response in self.responses.items():
+            energies = (response.spectrum.values**2).sum(dim=0)
+            if not self.two_sided and float(energies.sum()):
+                energies = energies / energies.sum()  # in units of its own: relative errors can be compared at least
+            tails = energies.flip(0).cumsum(0).flip(0)
+            curves[name] = torch.cat([tails, tails.new_zeros(1)]).numpy()
+        return curves
 
 
 def calibrate(
@@ -89,11 +104,10 @@ def calibrate(
             parameters = dict(model.named_parameters(remove_duplicate=False))
             watch = _Watch({id(parameters[layer.weight]): _Moments(layer, two_sided) for layer in part})
             for call in calls:
-                call = tree_map(lambda leaf: leaf.to(device or home) if isinstance(leaf, Tensor) else leaf, call)
-                watch.mask = mask_of(call)
+                watch.mask = mask_of(call, device or home)
                 with torch.set_grad_enabled(two_sided), watch:
                     output = output_of(running, call)
-                examples += len(output)
+                examples += call.size
                 energy += float((output.detach().double() ** 2).sum())
                 if output.requires_grad:
                     z = torch.randn(output.shape, generator=generator).to(output)
@@ -112,17 +126,15 @@ def can_respond(layer: Layer) -> bool:
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode and without gradients of its parameters."""
-    modes = {module: module.training for module in model.modules()}
+    """While it lasts, `model` is in eval mode and its parameters want no gradients."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
+    with evaluating(model):
+        try:
+            model.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in wanted.items():
+                parameter.requires_grad_(flag)
 
 
 def _parts(layers: Sequence[Layer], memory: int) -> Iterator[list[Layer]]:
@@ -140,10 +152,10 @@ def _parts(layers: Sequence[Layer], memory: int) -> Iterator[list[Layer]]:
         yield part
 
 
-def mask_of(call: Call) -> Tensor | None:
+def mask_of(call: Call, device: torch.device) -> Tensor | None:
     """Which tokens (batch, length) count, as booleans, where the call says so."""
-    mask = call[1].get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    mask = call.kwargs.get("attention_mask")
+    return mask.to(device).bool() if mask is not None and mask.dim() == 2 else None
 
 
 def output_of(model: nn.Module, call: Call) -> Tensor:
@@ -152,13 +164,14 @@ def output_of(model: nn.Module, call: Call) -> Tensor:
     Raises:
         UsageError: it returns none.
     """
-    returned = model(*call[0], **call[1])
+    returned = call.run(model)
     leaves = tree_leaves(dict(returned) if isinstance(returned, Mapping) else returned)
     output = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
     if output is None:
         raise UsageError(f"the network returned {type(returned).__name__} without a floating-point tensor in it")
-    mask = mask_of(call)
-    if mask is None or output.shape[:2] != mask.shape:
+    mask = mask_of(call, output.device)
+    # (batch, length) alone could be logits of as many classes as there are tokens.
+    if mask is None or output.dim() < 3 or output.shape[:2] != mask.shape:
         return output
     return output * mask.reshape(*mask.shape, *[1] * (output.dim() - 2))
 
@@ -215,7 +228,7 @@ class _Moments:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Σ x xᵀ (groups, s, s) of (groups, n, s): products in float32 of a batch at most, the sum over batches in float64."""
+    """Σ x xᵀ (groups, s, s) of (groups, n, s): products of one call in float32, summed over calls in float64."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
     return (rows.mT @ rows).double().cpu()
 
@@ -256,7 +269,9 @@ class _Watch(TorchFunctionMode):
             if output.requires_grad:
                 output.register_hook(lambda gradient: moments.backward(product, gradient, groups, keep))
             else:  # the first products: gradients end here. A copy, as what follows may work in place
-                output.requires_grad_().register_hook(lambda gradient: moments.backward(product, gradient, groups, keep))
+                output.requires_grad_().register_hook(
+                    lambda gradient: moments.backward(product, gradient, groups, keep)
+                )
                 output = output.clone()
         return output
 

@@ -8,7 +8,7 @@ import numpy as np
 from lrconvert.allocation import DENSE, Allocation, FloatArray, IntArray, Options, allocate, least_cost
 from lrconvert.budget import ALLOCATORS, KINDS, Budget
 from lrconvert.cost import Trace
-from lrconvert.errors import TargetError
+from lrconvert.errors import TargetError, UsageError
 from lrconvert.layers import Layer
 from lrconvert.plan import (
     ALL_ZERO,
@@ -89,7 +89,8 @@ def plan_within(
         prices: in the unit of the budget; parameters for a largest error.
         options: what the user asked for.
         order: what the sequence of `layers` is.
-        curves: squared error of each layer at every rank (full_rank + 1,), from 0 up, in place of the allocator's own.
+        curves: squared error of layers at every rank (full_rank + 1,), from 0 up, in place of the allocator's own;
+            those without one stay dense.
 
     Raises:
         PatternError: a pattern matches no layer.
@@ -98,7 +99,9 @@ def plan_within(
     allocator = ALLOCATORS[budget.allocator]
     reasons = reasons_to_stay_dense(layers, options)
     may = [layer for layer in layers if layer.name not in reasons]
-    errors = curves or {layer.name: allocator.curve(evidence[layer.name]) for layer in may}
+    errors = _errors(budget, may, evidence, curves)
+    reasons |= {layer.name: "not met in calibration" for layer in may if layer.name not in errors}
+    may = [layer for layer in may if layer.name in errors]
     ranks = {layer.name: _worthwhile_ranks(layer, prices, options) for layer in may}
     for layer in may:
         if evidence[layer.name].spectrum.is_zero:
@@ -132,6 +135,18 @@ def plan_within(
         decisions.append(LayerPlan.of(layer, rank, reason, error))
     target = Target(kind=budget.kind, asked=budget.target, reached=reached)
     return Plan(order=order, rule=str(budget), target=target, layers=tuple(decisions))
+
+
+def _errors(
+    budget: Budget, layers: Sequence[Layer], evidence: Mapping[str, Evidence], curves: Mapping[str, FloatArray] | None
+) -> Mapping[str, FloatArray]:
+    """Squared error of each layer at every rank, as the allocator of `budget` sees it."""
+    curve = ALLOCATORS[budget.allocator].curve
+    if curves is not None:
+        return curves
+    if curve is None:
+        raise UsageError(f"--allocator {budget.allocator} needs examples: --calibrate DATA")
+    return {layer.name: curve(evidence[layer.name]) for layer in layers}
 
 
 def _worthwhile_ranks(layer: Layer, prices: Prices, options: PlanOptions) -> IntArray:

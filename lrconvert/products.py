@@ -64,9 +64,7 @@ def _conv(
 ) -> Product:
     dims = weight.dim() - 2
     settings = [_each(value, dims) for value in (stride, dilation)]
-    return Product(
-        weight, bias, -1 - dims, lambda parts: _patches(input, weight.shape[2:], *settings, padding, groups)
-    )
+    return Product(weight, bias, -1 - dims, lambda parts: _patches(input, weight.shape[2:], *settings, padding, groups))
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:

@@ -5,59 +5,55 @@ forward passes with one approximated weight say how far off it is: AIMET and ASV
 https://arxiv.org/abs/2312.05821) rank layers by such measurements alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lrconvert.calibration import Call, at_rest, output_of
+from lrconvert.allocation import FloatArray
+from lrconvert.calibration import Calibration, at_rest, output_of
+from lrconvert.inputs import Call
 from lrconvert.layers import Layer
 from lrconvert.response import Response
-from lrconvert.spectrum import Spectrum
-
-Curve = NDArray[np.float64]
 
 # Ranks that are measured, as shares of the break-even rank.
 _PROBES = (0.25, 0.5, 0.75)
 
 
-def error_curve(spectrum: Spectrum) -> Curve:
-    """Predicted squared error (full rank + 1,) by the number of singular values kept: what the others hold."""
-    energy = (spectrum.values**2).sum(dim=0).flip(0).cumsum(0).flip(0)
-    return np.append(energy.numpy(), 0.0)
-
-
 def measured_curves(
     model: nn.Module,
     layers: Sequence[Layer],
-    responses: Mapping[str, Response],
+    calibration: Calibration,
     calls: Sequence[Call],
     progress: Callable[[], None] | None = None,
-) -> dict[str, Curve]:
+) -> dict[str, FloatArray]:
     """By layer name, the mean squared error of the network's output for one example, by the rank of that layer alone.
 
     Args:
         model: dense, with its weights; left as it was.
-        layers: those to measure; each must have a response.
-        responses: what its approximations are made with.
+        layers: those to measure; those without a response are left out.
+        calibration: what their approximations are made with.
         calls: a few batches; every layer takes three passes over them.
         progress: called after each layer.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with at_rest(model), torch.no_grad():
         wanted = [output_of(model, call) for call in calls]
-        examples = sum(len(output) for output in wanted)
-        curves = {}
+        examples = sum(call.size for call in calls)
+        curves, predictions = {}, calibration.curves()
         for layer in layers:
-            predicted = error_curve(responses[layer.name].spectrum)
+            if layer.name not in predictions:
+                continue
+            predicted, response = predictions[layer.name], calibration.responses[layer.name]
             ranks = sorted({max(1, round(share * layer.break_even_rank)) for share in _PROBES})
             errors = []
             for rank in ranks:
-                with _approximated(parameters[layer.weight], layer, responses[layer.name], rank):
-                    total = sum(_squared(output_of(model, call), want) for call, want in zip(calls, wanted, strict=True))
+                with _approximated(parameters[layer.weight], layer, response, rank):
+                    total = sum(
+                        _squared(output_of(model, call), want) for call, want in zip(calls, wanted, strict=True)
+                    )
                 errors.append(total / examples)
             curves[layer.name] = _scaled(predicted, ranks, errors)
             if progress:
@@ -69,7 +65,7 @@ def _squared(one: Tensor, other: Tensor) -> float:
     return float(((one - other).double() ** 2).sum())
 
 
-def _scaled(predicted: Curve, ranks: Sequence[int], errors: Sequence[float]) -> Curve:
+def _scaled(predicted: FloatArray, ranks: Sequence[int], errors: Sequence[float]) -> FloatArray:
     """`predicted`, times measured / predicted at `ranks`, whose logarithm is interpolated between them."""
     known = [(rank, error / predicted[rank]) for rank, error in zip(ranks, errors, strict=True) if predicted[rank] > 0]
     if not known or min(ratio for _, ratio in known) <= 0:

@@ -1,4 +1,4 @@
-"""What calibration collects, against brute force, and what the factors that follow do to outputs on the same examples."""
+"""What calibration collects, against brute force, and what the factors that follow do to outputs."""
 
 import copy
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from lrconvert.calibration import calibrate, can_respond
 from lrconvert.errors import PlanError, UsageError
+from lrconvert.inputs import Call
 from lrconvert.layers import LAYOUTS
 from lrconvert.layers.survey import layers_of_module
 from lrconvert.plan import LayerPlan, Plan
@@ -55,7 +56,7 @@ def test_at_full_rank_every_module_computes_what_it_did(data, two_sided):
     plan = data.draw(plans(drawn.module, full_rank=True))
     model = Calls(drawn).eval()
     want = model.once()
-    found = calibrate(model, [decision.layer for decision in plan.low_rank], [((), {})], two_sided=two_sided)
+    found = calibrate(model, [decision.layer for decision in plan.low_rank], [Call((), {}, 1)], two_sided=two_sided)
     known = [layer.model_copy(update={"data_aware": True}) for layer in plan.low_rank if layer.name in found.responses]
     if drawn.kind in ONE_WEIGHT:
         assert known, "its only weight was not seen"
@@ -73,7 +74,7 @@ def test_the_predicted_error_is_that_of_the_outputs(data):
     if drawn.dtype != torch.float64:
         return  # its input is in float32
     (layer,) = layers_of_module(model)
-    found = calibrate(model, [layer], [((), {})], two_sided=False)
+    found = calibrate(model, [layer], [Call((), {}, 1)], two_sided=False)
     rank = data.draw(st.integers(1, layer.full_rank))
     small = data_aware_copy(model, found, lambda layer: rank)
     want = model.once()
@@ -96,7 +97,7 @@ def test_packed_projections_are_seen_one_by_one():
     q, k, v = (torch.randn(4, length, 12).double() for length in (5, 7, 7))
     layers = layers_of_module(nn.ModuleDict({"it": attention}))
     model = Calls(type("Drawn", (), {"module": attention, "call": lambda module: module(q, k, v)[0]}))
-    response = calibrate(model, layers, [((), {})], two_sided=False).responses["it.in_proj_weight"]
+    response = calibrate(model, layers, [Call((), {}, 1)], two_sided=False).responses["it.in_proj_weight"]
     for group, (weight, x) in enumerate(zip(attention.in_proj_weight.detach().chunk(3), (q, k, v), strict=True)):
         signal, mean = linear_response(weight, x.flatten(0, 1))
         assert_close(response.signal[group], signal, 1e-10)
@@ -113,7 +114,7 @@ def test_a_recurrent_layer_meets_its_inputs_and_its_own_states(kind):
     hidden = first(x)[0].detach()
     model = Calls(type("Drawn", (), {"module": module, "call": lambda module: module(x)[0]}))
     layers = layers_of_module(nn.ModuleDict({"it": module}))
-    responses = calibrate(model, layers, [((), {})], two_sided=False).responses
+    responses = calibrate(model, layers, [Call((), {}, 1)], two_sided=False).responses
     before = torch.cat([torch.zeros(1, 4, 6).double(), hidden[:-1]])
     met = {"ih_l0": x, "hh_l0": before, "ih_l1": hidden}
     for name, inputs in met.items():
@@ -129,7 +130,7 @@ def test_two_sided_errors_are_those_of_the_networks_output():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 30), nn.Linear(30, 10)).double()
     x = torch.randn(6000, 20).double() @ torch.randn(20, 20).double() / 4
-    found = calibrate(model, layers_of_module(model), [((part,), {}) for part in x.split(1000)])
+    found = calibrate(model, layers_of_module(model), [Call((part,), {}, 1000) for part in x.split(1000)])
     want = model(x).detach()
     assert found.output_energy == pytest.approx(float((want**2).sum(1).mean()), rel=1e-9)
     for name, response in found.responses.items():
@@ -147,7 +148,7 @@ def test_a_data_aware_weight_beats_the_truncated_svd_on_fresh_examples():
     model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)).eval()
     mixing = torch.randn(64, 64) * (1 / torch.arange(1, 65))
     fit, fresh = (torch.randn(512, 64) @ mixing.T for _ in range(2))
-    found = calibrate(model, layers_of_module(model), [((fit,), {})])
+    found = calibrate(model, layers_of_module(model), [Call((fit,), {}, 512)])
     small = data_aware_copy(model, found, lambda layer: 5)
     plain = factorize_module(
         copy.deepcopy(model), Plan(layers=tuple(LayerPlan.of(layer, 5) for layer in layers_of_module(model)))
@@ -170,9 +171,9 @@ def test_hidden_tokens_do_not_count():
     model = Tokens().double()
     x, mask = torch.randn(3, 5, 8).double(), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
     junk = torch.where(mask[..., None].bool(), x, 1e3)
-    padded = calibrate(model, layers_of_module(model), [((junk,), {"attention_mask": mask})]).responses["fc"]
+    padded = calibrate(model, layers_of_module(model), [Call((junk,), {"attention_mask": mask}, 3)]).responses["fc"]
     alone = [row[keep.bool()][None] for row, keep in zip(x, mask, strict=True)]
-    calls = [((row,), {"attention_mask": torch.ones(row.shape[:2])}) for row in alone]
+    calls = [Call((row,), {"attention_mask": torch.ones(row.shape[:2])}, 1) for row in alone]
     plain = calibrate(model, layers_of_module(model), calls).responses["fc"]
     assert_close(padded.signal, plain.signal, 1e-9)
     assert_close(padded.mean, plain.mean, 1e-9)
@@ -185,7 +186,7 @@ def test_hidden_tokens_do_not_count():
 def test_little_memory_means_more_passes_with_the_same_result():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True))
-    calls = [((torch.randn(4, 3, 9, 9),), {}) for _ in range(2)]
+    calls = [Call((torch.randn(4, 3, 9, 9),), {}, 4) for _ in range(2)]
     layers = layers_of_module(model)
     once = calibrate(model, layers, calls)
     seen = []
@@ -203,7 +204,7 @@ def test_the_model_is_left_as_it_was():
     before = {name: id(module) for name, module in model.named_modules()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    calibrate(model, layers_of_module(model), [((torch.randn(2, 5, 8),), {})])
+    calibrate(model, layers_of_module(model), [Call((torch.randn(2, 5, 8),), {}, 2)])
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert all(module.training for module in model.modules())

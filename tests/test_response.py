@@ -29,7 +29,9 @@ def response_of(w, x, g=None):
     g = torch.eye(len(w), dtype=torch.float64) if g is None else gradients
     mean = x.mean(0)
     if w.shape[0] <= w.shape[1]:
-        return Response("w", "rows", None if gradients is None else gradients[None], (w @ c @ w.T)[None], (w @ mean)[None])
+        return Response(
+            "w", "rows", None if gradients is None else gradients[None], (w @ c @ w.T)[None], (w @ mean)[None]
+        )
     return Response("w", "columns", c[None], (w.T @ g @ w)[None], mean[None])
 
 
@@ -103,4 +105,4 @@ def test_a_moment_that_is_not_finite_is_refused():
     w, x, g = drawn(6, 9)
     x[3, 3] = torch.inf
     with pytest.raises(WeightError, match=r"w: calibration met values that are NaN or infinite"):
-        response_of(w, x, g).spectrum
+        response_of(w, x, g).factors(w[None], 2)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 
 from lrconvert import hardware
+from lrconvert.allocation import FloatArray
 from lrconvert.analysis import Analysis, Progress, analyze_layers
 from lrconvert.api.common import header_for, resolve_device
 from lrconvert.api.timing import bench_for, plan_by_time
 from lrconvert.budget import Budget, one_budget
+from lrconvert.calibration import Calibration
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from lrconvert.checkpoints.folder import left_behind
 from lrconvert.errors import NothingToCompressError, UnknownNameError, UsageError
@@ -21,7 +24,7 @@ from lrconvert.hf.mark import mark
 from lrconvert.inputs import shape_of
 from lrconvert.layers import View
 from lrconvert.network import Network, Source, open_network, refuse_quantized
-from lrconvert.plan import Plan, check_plan
+from lrconvert.plan import LayerPlan, Plan, check_plan
 from lrconvert.plan_budget import Prices
 from lrconvert.planning import candidates_of, plan_options, refuse_factorized
 from lrconvert.report.decisions import layer_decisions
@@ -58,6 +61,7 @@ def make_plan(
     goal: Goal = "size",
     batch_size: int = 1,
     channels_last: bool = False,
+    calibration: Calibration | None = None,
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -91,6 +95,9 @@ def make_plan(
             model no faster; "both" leaves those dense that are slower; "size" asks nothing. All but "size" run the
             model to measure that on `device`, which takes up to a minute.
         batch_size, channels_last: of the calls that are timed.
+        calibration: what `calibrate` learned. Layers that it knows are factorized for least error of the output; a
+            budget is then distributed by "output_error", and "auto" gives all layers together the parameters that
+            Cuttlefish's ranks would take.
         model, model_args, input_shape, init, device, progress: see `analyze`.
 
     Raises:
@@ -102,11 +109,13 @@ def make_plan(
         raise UnknownNameError("goal", goal, get_args(Goal))
     network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
     where = resolve_device(device)
+    targets = {"param_ratio": param_ratio, "mac_ratio": mac_ratio, "latency_ratio": latency_ratio}
+    targets["max_error"] = max_error
+    if calibration is not None and any(target is not None for target in targets.values()):
+        allocator = allocator or "output_error"
     options = plan_options(
         rule,
-        budget=one_budget(
-            allocator, param_ratio=param_ratio, mac_ratio=mac_ratio, latency_ratio=latency_ratio, max_error=max_error
-        ),
+        budget=one_budget(allocator, **targets),
         keep_first=keep_first,
         keep_last=keep_last,
         include=tuple(include),
@@ -134,11 +143,43 @@ def make_plan(
         initial = open_network(init) if init is not None else None
         analysis = analyze_layers(candidates.network, candidates.layers, initial, where, progress)
     xi = {layer.name: analysis.xi(layer) for layer in candidates.layers}
+    if calibration is not None and budget is None and rule == "auto":
+        together = candidates.plan(analysis.spectra, xi)
+        ratio = 1 - together.saved_params / network.num_params
+        budget = Budget("param_ratio", ratio, "output_error") if together.low_rank else None
+        candidates = replace(candidates, options=replace(options, rule=budget or options.rule))
+    curves = None if calibration is None or budget is None else _curves(budget, calibration)
 
     def decide(prices: Prices | None = None) -> Plan:
-        return candidates.plan(analysis.spectra, xi, prices=prices)
+        return candidates.plan(analysis.spectra, xi, curves, prices)
 
-    return decide() if bench is None else plan_by_time(candidates, decide, goal, bench)
+    plan = decide() if bench is None else plan_by_time(candidates, decide, goal, bench)
+    return plan if calibration is None else _data_aware(plan, calibration)
+
+
+def _curves(budget: Budget, calibration: Calibration) -> Mapping[str, FloatArray] | None:
+    """What layers err at every rank, where the allocator of `budget` takes it from `calibration`."""
+    if budget.allocator == "sensitivity" and not calibration.measured:
+        raise UsageError("--allocator sensitivity needs measurements: calibrate(…, measure=True)")
+    return {"output_error": calibration.curves(), "sensitivity": calibration.measured}.get(budget.allocator)
+
+
+def _data_aware(plan: Plan, calibration: Calibration) -> Plan:
+    """`plan`, with least error of the output where `calibration` knows the layer.
+
+    Raises:
+        UsageError: it knows the layer as other matrices.
+    """
+
+    def aware(layer: LayerPlan) -> LayerPlan:
+        response = calibration.responses.get(layer.name)
+        if layer.rank is None or response is None or layer.view != "channel":
+            return layer
+        if len(response.signal) != layer.groups:
+            raise UsageError(f"{layer.name}: calibrated in {len(response.signal)} parts, planned in {layer.groups}")
+        return layer.model_copy(update={"data_aware": True, "error": response.spectrum.error(layer.rank)})
+
+    return plan.model_copy(update={"layers": tuple(map(aware, plan.layers))})
 
 
 def _preferred_multiple(network: Network, device: torch.device) -> int:
@@ -162,6 +203,7 @@ def factorize(
     output: str | Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    calibration: Calibration | None = None,
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -177,6 +219,7 @@ def factorize(
         output: file or folder to write, for a checkpoint; its suffix says the format.
         overwrite: replace an existing output.
         dry_run: decide and report, write nothing.
+        calibration: what `calibrate` learned: layers that it knows are factorized for least error of the output.
         model, model_args, input_shape, device, progress: see `analyze`.
         settings: more arguments of `make_plan`, when `plan` is a rule.
 
@@ -202,7 +245,7 @@ def factorize(
             raise UsageError("factorizing a checkpoint needs an output path")
         check_output(Path(output), network.checkpoint, overwrite)
     if isinstance(plan, str):
-        plan = make_plan(network, plan, device=device, progress=progress, **settings)
+        plan = make_plan(network, plan, calibration=calibration, device=device, progress=progress, **settings)
     elif settings:
         raise UsageError(f"{', '.join(settings)}: a finished plan takes no more settings")
     else:
@@ -213,16 +256,18 @@ def factorize(
             refuse_quantized(network, [layer.name for layer in plan.low_rank])
         if network.module is not None:
             check_fits(network.module, plan)
+        plan = plan if calibration is None else _data_aware(plan, calibration)
         plan = _with_errors(plan, network, where, progress)
+    responses = calibration.responses if calibration else None
     if not plan.low_rank:
         raise NothingToCompressError(_why_nothing(plan, network))
     if isinstance(source, nn.Module):
-        return mark(factorize_module(source, plan, where))
+        return mark(factorize_module(source, plan, where, responses=responses))
     if graph is not None:
         outcome = None if dry_run else _write_graph(network, graph, plan, Path(str(output)), overwrite, where, progress)
         path = None if dry_run else Path(str(output))
         return _record(network, plan, path, time.perf_counter() - started, outcome)
-    steps = factorizing(network.tensors, plan, where)
+    steps = factorizing(network.tensors, plan, where, responses)
     if not dry_run:
         advance = progress("factorizing", len(steps)) if progress else None
         write_checkpoint(
@@ -234,7 +279,9 @@ def factorize(
             device=where,
             progress=advance,
         )
-    return _record(network, plan, None if dry_run else Path(str(output)), time.perf_counter() - started)
+    return _record(
+        network, plan, None if dry_run else Path(str(output)), time.perf_counter() - started, calibration=calibration
+    )
 
 
 def _write_graph(
@@ -305,7 +352,12 @@ def _smaller_only(plan: Plan, graph: bool) -> tuple[str, ...]:
 
 
 def _record(
-    network: Network, plan: Plan, output: Path | None, seconds: float, outcome: "Outcome | None" = None
+    network: Network,
+    plan: Plan,
+    output: Path | None,
+    seconds: float,
+    outcome: "Outcome | None" = None,
+    calibration: Calibration | None = None,
 ) -> FactorizeRecord:
     rows = layer_decisions(plan, network.trace)
     macs = network.trace.macs if network.trace else None
@@ -336,6 +388,7 @@ def _record(
             *network.notes,
             *(left_behind(network.checkpoint) if network.checkpoint else ()),
             *([outcome.note] if outcome else []),
+            *([f"calibrated on {note}" for note in calibration.notes] if calibration else []),
             *_smaller_only(plan, graph=network.checkpoint is not None and network.checkpoint.graph is not None),
         ),
         layers=rows,

@@ -111,6 +111,21 @@ def factorize(
     rank_floor: Annotated[
         float | None, typer.Option("--rank-floor", help="Smallest rank, as a share of full rank.")
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            help="Examples without labels, for least error of the output: a text file, a folder of images, .npz, a "
+            "dataset's name, file.py:factory.",
+            metavar="DATA",
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option("--examples", help="Of --calibrate; 256 unless said otherwise.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Where the dataset that --calibrate names lies.")
+    ] = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     init: options.Init = None,
@@ -156,6 +171,8 @@ def factorize(
     }
     budget = {name: value for name, value in budgets.items() if value is not None}
     wanted = _rule(auto, {"rank_ratio": rank_ratio, "rank": rank, "energy": energy}, rule, budget, plan)
+    if calibrate is None and (examples is not None or data_dir is not None):
+        raise UsageError("--examples and --data-dir say more about --calibrate DATA, which is missing")
     if output is None and not dry_run:
         raise UsageError("say where to write with -o FILE.safetensors, or look first with --dry-run")
     if plan is not None and chosen:
@@ -184,15 +201,41 @@ def factorize(
     if save_plan is not None:
         check_writable(save_plan, overwrite)
     with sink.progress() as progress:
+        calibration = None
+        if calibrate is not None:
+            calibration = lrconvert.calibrate(
+                network,
+                calibrate,
+                count=examples or 256,
+                data_dir=data_dir or "data",
+                splits=options.parse_numbers("--split", split),
+                measure=allocator == "sensitivity",
+                device=device,
+                progress=progress,
+            )
         ready = (
             load_plan(plan)
             if plan is not None
-            else lrconvert.make_plan(network, wanted, **budget, **chosen, device=device, progress=progress)  # type: ignore[arg-type]
+            else lrconvert.make_plan(
+                network,
+                wanted,
+                **{**budget, **chosen},  # type: ignore[arg-type]
+                calibration=calibration,
+                device=device,
+                progress=progress,
+            )
         )
         if save_plan is not None:
             lrconvert.save_plan(ready, save_plan, overwrite=overwrite)
         record = lrconvert.factorize(
-            network, ready, output=output, overwrite=overwrite, dry_run=dry_run, device=device, progress=progress
+            network,
+            ready,
+            output=output,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            calibration=calibration,
+            device=device,
+            progress=progress,
         )
     sink.show(record)
 

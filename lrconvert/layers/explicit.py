@@ -1,4 +1,4 @@
-"""Attention and recurrent modules made of separate products, for a while: torch's own compute everything in one call."""
+"""Attention and recurrent modules, for a while, made of separate products: torch's own make one call of everything."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -27,6 +27,7 @@ def layer_decisions(plan: Plan, trace: Trace | None = None) -> tuple[LayerDecisi
                 macs_after=None if at is None else layer.macs(at, decision.rank, halfway),
                 norm=decision.norm,
                 view=decision.view,
+                data_aware=decision.data_aware,
             )
         )
     return tuple(rows)
