@@ -63,8 +63,10 @@ def _conv(
     groups: int = 1,
 ) -> Product:
     dims = weight.dim() - 2
-    settings = [_each(value, dims) for value in (stride, dilation)]
-    return Product(weight, bias, -1 - dims, lambda parts: _patches(input, weight.shape[2:], *settings, padding, groups))
+    steps, apart = _each(stride, dims), _each(dilation, dims)
+    return Product(
+        weight, bias, -1 - dims, lambda parts: _patches(input, weight.shape[2:], steps, apart, padding, groups)
+    )
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:

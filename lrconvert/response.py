@@ -52,8 +52,8 @@ class Response:
         Raises:
             WeightError: a moment is not finite.
         """
-        # The signal as the eigenvectors see it: their eigenvalues, in order.
-        values = torch.einsum("gsi,gst,gti->gi", self._basis, self._seen, self._basis).clamp(min=0).sqrt()
+        # What each eigenvector sees of the signal is its eigenvalue.
+        values = (self._basis * (self._seen @ self._basis)).sum(dim=1).clamp(min=0).sqrt()
         values = values.sort(dim=1, descending=True).values
         return Spectrum(values, (values**2).sum(dim=1))
 

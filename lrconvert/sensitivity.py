@@ -67,11 +67,13 @@ def _squared(one: Tensor, other: Tensor) -> float:
 
 def _scaled(predicted: FloatArray, ranks: Sequence[int], errors: Sequence[float]) -> FloatArray:
     """`predicted`, times measured / predicted at `ranks`, whose logarithm is interpolated between them."""
-    known = [(rank, error / predicted[rank]) for rank, error in zip(ranks, errors, strict=True) if predicted[rank] > 0]
-    if not known or min(ratio for _, ratio in known) <= 0:
+    at = np.array(ranks)
+    known = (predicted[at] > 0) & (np.array(errors) > 0)
+    if not known.any():
         return predicted
-    ratio = np.exp(np.interp(np.arange(len(predicted)), *zip(*[(r, np.log(q)) for r, q in known], strict=True)))
-    return np.minimum.accumulate(predicted * ratio)
+    ratios = np.log(np.array(errors)[known] / predicted[at][known])
+    scaled: FloatArray = predicted * np.exp(np.interp(np.arange(len(predicted)), at[known], ratios))
+    return np.minimum.accumulate(scaled)
 
 
 @contextmanager
