@@ -98,6 +98,12 @@ def test_the_weights_of_a_module_share_its_time(made_up):
     assert out.at(63) - out.at(16) == pytest.approx((63 - 16) * 256 / 1e3)
 
 
+def test_layers_save_no_more_than_the_model_takes(made_up):
+    table, _ = table_of(nn.Sequential(nn.Linear(512, 512, bias=False)), (512,))
+    assert table.layers["0"].dense_ms == pytest.approx(262.144)  # the model takes 100
+    assert table.layer_ms("0", None) - table.layer_ms("0", 16) == pytest.approx(100 * (1 - 16 * 1024 / 512**2))
+
+
 def test_slow_layers_are_timed_at_fewer_ranks(monkeypatch):
     asked = []
 
