@@ -4,8 +4,8 @@ One Lagrange multiplier over all layers, as in LC (Idelbayev & Carreira-Perpi√±√
 worth in cost, the best option of a layer is a corner of the lower convex hull of its (cost, error) points. So all
 layers start at their cheapest option, and the edges of all hulls are climbed in the order of error saved per cost.
 Where that stops, at an edge that no longer fits, the error is above the linear program's by less than what this one
-edge saves. What is left of the budget then goes to options off the hulls; and where the cost would still end too low,
-one layer goes up and another down.
+edge saves. What is left of the budget then goes to options off the hulls. Few layers with few options may still end
+far below the budget: then all their combinations are looked through.
 
 Plain numbers: costs are in any unit that adds over layers, and so are errors.
 """
@@ -23,6 +23,9 @@ IntArray = npt.NDArray[np.int64]
 
 # The entry of `Options.ranks` that stands for a layer that is not factorized.
 DENSE = 0
+
+# Steps in which total costs are told apart where all combinations are looked through.
+_CELLS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,10 @@ def allocate(
         turns: for each layer, when the turn of each of its options comes (n,), the lowest first. Options are then taken
             in that order as far as the budget goes, and errors only tell which options are worth having at all. None:
             in the order of error saved per cost.
-        at_least: a total cost not to end below, where that can be helped.
+        at_least: the total cost is not to end below; without turns, where that is the only way.
 
     Raises:
-        TargetError: the cheapest options cost more than `budget`.
+        TargetError: the cheapest options cost more than `budget`, or no combination costs from `at_least` to `budget`.
     """
     ladders = [_ladder(options, None if turns is None else turns[i]) for i, options in enumerate(layers)]
     at = np.zeros(len(ladders), dtype=np.int64)
@@ -86,7 +89,7 @@ def allocate(
     else:
         _one_more_step(ladders, at, budget, steps.layer[taken:])
     if _cost(ladders, at) < at_least:
-        _exchange(ladders, at, budget, at_least)
+        at = _near(ladders, budget, at_least, _cost(ladders, at))
     return Allocation(
         tuple(int(ladder.ranks[i]) or None for ladder, i in zip(ladders, at, strict=True)),
         _cost(ladders, at),
@@ -206,24 +209,39 @@ def _one_more_step(ladders: Sequence[_Ladder], at: IntArray, budget: float, laye
             at[layer] += 1
 
 
-def _exchange(ladders: Sequence[_Ladder], at: IntArray, budget: float, at_least: float) -> None:
-    """Move a layer up from its option `at` and another down, to a cost from `at_least` to `budget`, at least error."""
-    cost = _cost(ladders, at)
-    pairs = list(zip(ladders, at.tolist(), strict=True))
-    # Every way up of any layer: which layer, to which option, at which extra cost, and the error saved.
-    layer = np.concatenate([np.full(len(ladder.costs) - i - 1, number) for number, (ladder, i) in enumerate(pairs)])
-    option = np.concatenate([np.arange(i + 1, len(ladder.costs)) for ladder, i in pairs])
-    extra = np.concatenate([ladder.costs[i + 1 :] - ladder.costs[i] for ladder, i in pairs])
-    saved = np.concatenate([ladder.errors[i] - ladder.errors[i + 1 :] for ladder, i in pairs])
-    least, change = np.inf, {}
-    for other, (ladder, i) in enumerate(pairs):
-        # As little further down as makes room for each.
-        to = np.searchsorted(ladder.costs, budget - cost - extra + ladder.costs[i], side="right") - 1
-        reached = cost + extra - ladder.costs[i] + ladder.costs[to]
-        fits = (layer != other) & (to >= 0) & (to < i) & (reached >= at_least)
-        lost = np.where(fits, ladder.errors[to] - ladder.errors[i] - saved, np.inf)
-        way = int(np.argmin(lost)) if len(lost) else 0
-        if len(lost) and lost[way] < least:
-            least, change = lost[way], {int(layer[way]): option[way], other: to[way]}
-    for number, position in change.items():
-        at[number] = position
+def _near(ladders: Sequence[_Ladder], budget: float, at_least: float, below: float) -> IntArray:
+    """The options of least error whose cost is from `at_least` to `budget`, given that a cost `below` is possible.
+
+    A knapsack on a grid of costs: of all ways to one cell of it only the best goes on.
+
+    Raises:
+        TargetError: there are none; with the cost that comes closest to `budget`.
+    """
+    # Anything above would be further from the budget than `below`. Rounding to cells may add up to one for two layers.
+    unit = (2 * budget - below) / _CELLS
+    cells = _CELLS + len(ladders)
+    errors, costs = np.full(cells, np.inf), np.zeros(cells)
+    errors[0] = 0.0
+    chosen = np.zeros((len(ladders), cells), dtype=np.int64)
+    for layer, ladder in enumerate(ladders):
+        before, paid = errors, costs
+        errors, costs = np.full(cells, np.inf), np.zeros(cells)
+        for i, (cost, error) in enumerate(zip(ladder.costs.tolist(), ladder.errors.tolist(), strict=True)):
+            shift = round(cost / unit)
+            if shift >= cells:
+                break
+            total = before[: cells - shift] + error
+            better = np.flatnonzero(total < errors[shift:])
+            errors[better + shift] = total[better]
+            costs[better + shift] = paid[better] + cost
+            chosen[layer, better + shift] = i
+    fits = np.isfinite(errors) & (costs >= at_least) & (costs <= budget)
+    if not fits.any():
+        possible = np.append(costs[np.isfinite(errors)], below)
+        raise TargetError(f"a total of {budget:g}", float(possible[np.argmin(np.abs(possible - budget))]))
+    cell = int(np.argmin(np.where(fits, errors, np.inf)))
+    at = np.zeros(len(ladders), dtype=np.int64)
+    for layer in reversed(range(len(ladders))):
+        at[layer] = chosen[layer, cell]
+        cell -= round(float(ladders[layer].costs[at[layer]]) / unit)
+    return at

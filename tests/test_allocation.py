@@ -189,6 +189,41 @@ def test_in_turns_a_step_that_does_not_fit_leaves_room_for_the_next():
     assert allocate(layers, 22, turns).ranks == (2, 3)
 
 
+FALLING = (
+    st.integers(1, 4)
+    .flatmap(
+        lambda n: st.tuples(*(st.lists(st.integers(0, 40), min_size=n, max_size=n, unique=True) for _ in range(2)))
+    )
+    .map(lambda both: options(*zip(sorted(both[0]), sorted(both[1], reverse=True), strict=True)))
+)
+
+
+@settings(deadline=None)
+@given(st.lists(FALLING, min_size=1, max_size=4), SHARE, st.booleans())
+def test_a_cost_from_a_range_is_found_where_there_is_one(layers, share, in_turns):
+    budget = between(share, layers, 0)
+    at_least = 0.9 * budget
+    turns = [np.arange(len(layer.ranks)) for layer in layers] if in_turns else None
+    reachable = [(cost, error) for cost, error in every_choice(layers) if at_least <= cost <= budget]
+    if reachable:
+        found = allocate(layers, budget, turns, at_least)
+        assert (found.cost, found.error) in reachable
+        assert allocate(layers, found.cost, turns, 0.9 * found.cost).cost >= 0.9 * found.cost
+    else:
+        with pytest.raises(TargetError) as caught:
+            allocate(layers, budget, turns, at_least)
+        distances = {cost: abs(cost - budget) for cost, _ in every_choice(layers)}
+        assert distances[caught.value.closest] == min(distances.values())
+
+
+def test_what_lands_too_low_gives_way_to_the_best_that_does_not():
+    # By error saved per cost the first layer goes first, to 9 of 20, and then the second no longer fits.
+    layers = [options((0, 90), (9, 0)), options((0, 100), (18, 0)), options((0, 5), (2, 0))]
+    assert allocate(layers, 20).cost == 11
+    found = allocate(layers, 20, at_least=19)
+    assert (found.ranks, found.cost, found.error) == ((1, 2, 2), 20, 90)
+
+
 @settings(deadline=None)
 @given(LAYERS)
 def test_a_target_out_of_reach_names_the_closest(layers):
