@@ -1,10 +1,9 @@
 """How long inference takes, measured: every layer dense and at several ranks, and what a plan makes of the model.
 
 Layers of one shape with inputs of one size are timed once, alone, as `lrconvert.profiling` does for training; the dense
-layer and all ranks take turns, and the fastest of each counts: other work on the machine only ever adds to a time, and
-would be mistaken for a difference between ranks. A layer alone finds more of its weights in the cache than in the
-network, and what surrounds it there costs time too, so what layers save alone is not quite what the network saves.
-Predictions are therefore scaled once the network was run at some ranks, see `LatencyTable.corrected`.
+layer and all ranks take turns, and the fastest of each counts. A layer alone finds more of its weights in the cache
+than in the network, and what surrounds it there costs time too, so what layers save alone is not quite what the network
+saves. Predictions are therefore scaled once the network was run at some ranks, see `LatencyTable.corrected`.
 """
 
 import statistics
@@ -23,8 +22,9 @@ from lrconvert.layers import Layer
 from lrconvert.plan import Plan
 from lrconvert.single_layers import Arguments, alike, calls_of, copy_of, random_block, times_in_turns, with_data
 
-# Times are taken at multiples of this: vector units and tensor cores work on 8 numbers or a multiple of 8.
-RANK_STEP = 8
+# Times are taken at multiples of this. Vector units and tensor cores work on so many numbers at once, or fewer: with
+# AVX-512 a 3×3 convolution takes as long at rank 8 as at rank 16, and times between two multiples lie above their line.
+RANK_STEP = 16
 MOST_RANKS, FEWEST_RANKS = 12, 3
 
 
@@ -129,7 +129,10 @@ def measure(model: nn.Module, layers: Sequence[Layer], bench: Bench, seconds: fl
             stack = _Stack(modules[first], weights[first], calls[first], block, bench)
             for position, latency in enumerate(stack.measure(share)):
                 found |= {weights[owner][position].name: latency for owner in owners}
-    return LatencyTable(found, model_ms, str(bench), time.perf_counter() - started)
+    # Together the layers cannot take longer than the model: where they do, the machine was busier when they were timed.
+    alone = sum(latency.dense_ms for latency in found.values())
+    scale = min(1.0, model_ms / alone) if alone else 1.0
+    return LatencyTable(found, model_ms, str(bench), time.perf_counter() - started, scale)
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class _Stack:
         """
         dense = self.run({})
         (once,) = times_in_turns([dense], 1, self.bench.device, least=1)
-        affordable = int(seconds * 1e3 / (once[0] * (FEWEST_TURNS + 1))) // len(self.weights)
+        affordable = int(seconds * 1e3 / (min(once) * (FEWEST_TURNS + 1))) // len(self.weights)
         most = min(max(affordable, FEWEST_RANKS), max(MOST_RANKS // len(self.weights), FEWEST_RANKS))
         ranks = [ranks_to_time(layer.break_even_rank, most) for layer in self.weights]
         middle = tuple(each[len(each) // 2] for each in ranks)
@@ -198,12 +201,10 @@ class _Run:
 
 
 def ranks_to_time(break_even: int, most: int) -> tuple[int, ...]:
-    """At most `most` multiples of 8 up to `break_even`, evenly spaced from 8 on; `break_even` itself below 8."""
-    steps = break_even // RANK_STEP
-    if not steps:
-        return (break_even,)
-    chosen = np.linspace(1, steps, min(most, steps)).round().astype(int)
-    return tuple(int(step) * RANK_STEP for step in chosen)
+    """At most `most` ranks up to `break_even`, which is one: evenly spaced multiples of 16 from 16 on."""
+    ranks = [*range(RANK_STEP, break_even, RANK_STEP), break_even]
+    chosen = np.linspace(len(ranks) - 1, 0, min(most, len(ranks))).round().astype(int)
+    return tuple(ranks[at] for at in chosen[::-1])
 
 
 def non_decreasing(values: Sequence[float]) -> list[float]:

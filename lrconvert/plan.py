@@ -126,9 +126,9 @@ class PlanLatency(BaseModel):
     """Milliseconds of one call of the model, see `lrconvert.bench`.
 
     Attributes:
-        dense_ms: of the dense model, measured.
+        dense_ms: of the dense model, measured: the fastest of several.
         predicted_ms: of the factorized model, from the times of its layers alone and of the dense model.
-        measured_ms: of the factorized model, measured in turns with the dense one.
+        measured_ms: of the factorized model, measured likewise, in turns with the dense one.
         measured_on: device, threads and batch.
     """
 

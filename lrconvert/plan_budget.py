@@ -1,11 +1,11 @@
 """A plan that meets a budget: the ranks of all layers are chosen together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lrconvert.allocation import DENSE, Allocation, FloatArray, IntArray, Options, allocate, least_cost
+from lrconvert.allocation import DENSE, Allocation, FloatArray, Options, allocate, least_cost
 from lrconvert.budget import ALLOCATORS, KINDS, Budget
 from lrconvert.cost import Trace
 from lrconvert.errors import TargetError, UsageError
@@ -98,74 +98,66 @@ def plan_within(
     """
     allocator = ALLOCATORS[budget.allocator]
     reasons = reasons_to_stay_dense(layers, options)
-    may = [layer for layer in layers if layer.name not in reasons]
-    errors = _errors(budget, may, evidence, curves)
-    reasons |= {layer.name: "not met in calibration" for layer in may if layer.name not in errors}
-    may = [layer for layer in may if layer.name in errors]
-    ranks = {layer.name: _worthwhile_ranks(layer, prices, options) for layer in may}
-    for layer in may:
-        if evidence[layer.name].spectrum.is_zero:
-            reasons[layer.name] = ALL_ZERO
-        elif not allowed_ranks(layer, options):
-            reasons[layer.name] = would_not_shrink(layer, lowest_rank(layer, options))
-        elif not len(ranks[layer.name]):
-            reasons[layer.name] = f"{WOULD_NOT_SAVE} {KINDS[budget.kind].unit}"
-    free = [layer for layer in may if layer.name not in reasons]
-    choices = [_options_of(layer, ranks[layer.name], errors[layer.name], prices, options) for layer in free]
+    candidates = [layer for layer in layers if layer.name not in reasons]
+    errors = _errors(budget, candidates, evidence, curves)
+    reasons |= {layer.name: "not met in calibration" for layer in candidates if layer.name not in errors}
+    candidates = [layer for layer in candidates if layer.name in errors]
+    free: list[Layer] = []
+    choices: list[Options] = []
+    for layer in candidates:
+        choice = _options_or_reason(evidence[layer.name], errors[layer.name], budget, prices, options)
+        if isinstance(choice, str):
+            reasons[layer.name] = choice
+        else:
+            free.append(layer)
+            choices.append(choice)
     turns = None
     if allocator.share is not None:
-        turns = [
-            np.where(choice.ranks == DENSE, layer.break_even_rank + 1, choice.ranks)
-            / allocator.share(evidence[layer.name])
-            for layer, choice in zip(free, choices, strict=True)
-        ]
+        pairs = zip(free, choices, strict=True)
+        turns = [_turns(evidence[layer.name], choice, allocator.share) for layer, choice in pairs]
     if budget.kind == "max_error":
-        norm = sum(float(errors[layer.name][0]) for layer in may)
+        norm = sum(float(errors[layer.name][0]) for layer in candidates)
         allocation, reached = _within_error(budget, choices, turns, norm)
     else:
         fixed = prices.whole - sum(prices.dense[layer.name] for layer in free)
         allocation, reached = _within_cost(budget, choices, turns, fixed, prices.whole)
-    chosen = {layer.name: rank for layer, rank in zip(free, allocation.ranks, strict=True)}
+    for layer, rank in zip(free, allocation.ranks, strict=True):
+        given = given_rank(layer, options) is not None
+        reasons[layer.name] = GIVEN if given else budget.words if rank else f"dense at {budget.words}"
+    ranks = {layer.name: rank for layer, rank in zip(free, allocation.ranks, strict=True)}
     decisions = []
     for layer in layers:
-        rank, reason = chosen.get(layer.name), reasons.get(layer.name)
-        if reason is None:
-            reason = budget.words if given_rank(layer, options) is None else GIVEN
+        rank = ranks.get(layer.name)
         error = None if rank is None else evidence[layer.name].spectrum.error(rank)
-        decisions.append(LayerPlan.of(layer, rank, reason, error))
+        decisions.append(LayerPlan.of(layer, rank, reasons[layer.name], error))
     target = Target(kind=budget.kind, asked=budget.target, reached=reached)
     return Plan(order=order, rule=str(budget), target=target, layers=tuple(decisions))
 
 
-def _errors(
-    budget: Budget, layers: Sequence[Layer], evidence: Mapping[str, Evidence], curves: Mapping[str, FloatArray] | None
-) -> Mapping[str, FloatArray]:
-    """Squared error of each layer at every rank, as the allocator of `budget` sees it."""
-    curve = ALLOCATORS[budget.allocator].curve
-    if curves is not None:
-        return curves
-    if curve is None:
-        raise UsageError(f"--allocator {budget.allocator} needs examples: --calibrate DATA")
-    return {layer.name: curve(evidence[layer.name]) for layer in layers}
-
-
-def _worthwhile_ranks(layer: Layer, prices: Prices, options: PlanOptions) -> IntArray:
-    """The ranks worth giving to `layer`: those that shrink it and cost less than the dense layer; or the one given."""
+def _options_or_reason(
+    evidence: Evidence, curve: FloatArray, budget: Budget, prices: Prices, options: PlanOptions
+) -> Options | str:
+    """What a candidate may become: its ranks that are cheaper than dense, and dense; or why it stays dense anyway."""
+    layer = evidence.layer
+    if evidence.spectrum.is_zero:
+        return ALL_ZERO
     ranks = np.array(allowed_ranks(layer, options), dtype=np.int64)
+    if not len(ranks):
+        return would_not_shrink(layer, lowest_rank(layer, options))
+    costs, dense = prices.low_rank[layer.name], prices.dense[layer.name]
     if given_rank(layer, options) is not None:
-        return ranks
-    return ranks[prices.low_rank[layer.name][ranks] < prices.dense[layer.name]]
+        return Options(ranks, costs[ranks], curve[ranks])
+    ranks = ranks[costs[ranks] < dense]
+    if not len(ranks):
+        return f"{WOULD_NOT_SAVE} {KINDS[budget.kind].unit}"
+    return Options(np.append(ranks, DENSE), np.append(costs[ranks], dense), np.append(curve[ranks], 0.0))
 
 
-def _options_of(layer: Layer, ranks: IntArray, curve: FloatArray, prices: Prices, options: PlanOptions) -> Options:
-    low_rank = Options(ranks, prices.low_rank[layer.name][ranks], curve[ranks])
-    if given_rank(layer, options) is not None:
-        return low_rank
-    return Options(
-        np.append(low_rank.ranks, DENSE),
-        np.append(low_rank.costs, prices.dense[layer.name]),
-        np.append(low_rank.errors, 0.0),
-    )
+def _turns(evidence: Evidence, choice: Options, share: Callable[[Evidence], float]) -> FloatArray:
+    """The common factor at which `share` of it comes to the rank of each option; dense follows the break-even rank."""
+    ranks = np.where(choice.ranks == DENSE, evidence.layer.break_even_rank + 1, choice.ranks)
+    turns: FloatArray = ranks / share(evidence)
+    return turns
 
 
 def _within_error(
@@ -191,9 +183,9 @@ def _within_cost(
         allocation = allocate(choices, limit, turns, at_least=(1 - TOLERANCE) * budget.target * whole - fixed)
     except TargetError as error:
         if sum(float(choice.costs.min()) for choice in choices) > limit:
-            fix = "let more layers be factorized (--keep-first 0, --factorize-last, --include-embeddings)"
+            fix = "allow more: --keep-first 0, --factorize-last, --include-embeddings, a lower --rank-floor"
         else:
-            fix = "let ranks have finer steps (--rank-multiple 1)"
+            fix = "for finer steps of ranks (--rank-multiple 1)"
         closest = (fixed + error.closest) / whole
         fix = f"ask for that, or {fix}" if choices else fix
         raise TargetError(f"{budget.option} {budget.target:g}", closest, fix) from None

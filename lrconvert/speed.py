@@ -9,7 +9,7 @@ from torch import nn
 from lrconvert.bench import Bench, factorized
 from lrconvert.errors import NothingToCompressError
 from lrconvert.latency import LatencyTable, LayerLatency
-from lrconvert.plan import LayerPlan, Plan, PlanLatency
+from lrconvert.plan import GIVEN, LayerPlan, Plan, PlanLatency
 
 Goal = Literal["size", "speed", "both"]
 
@@ -37,10 +37,12 @@ def reason_too_slow(table: LatencyTable, name: str, rank: int, goal: Goal) -> st
 
 
 def without_slower(plan: Plan, table: LatencyTable, goal: Goal) -> Plan:
-    """`plan`, with the layers dense that `reason_too_slow` names."""
+    """`plan`, with the layers dense that `reason_too_slow` names, but for ranks that were given by name."""
 
     def decided(layer: LayerPlan) -> LayerPlan:
-        reason = "" if layer.rank is None else reason_too_slow(table, layer.name, layer.rank, goal)
+        if layer.rank is None or layer.reason == GIVEN:
+            return layer
+        reason = reason_too_slow(table, layer.name, layer.rank, goal)
         return LayerPlan.of(layer.layer, None, reason) if reason else layer
 
     return plan.model_copy(update={"layers": tuple(decided(layer) for layer in plan.layers)})
@@ -68,6 +70,8 @@ def timed(plan: Plan, model: nn.Module, table: LatencyTable, bench: Bench) -> Pl
 def surely_faster(plan: Plan, model: nn.Module, table: LatencyTable, bench: Bench) -> Plan:
     """The plan with its latency, less the layers that gain least, as many as it takes for the model to get faster.
 
+    Layers whose ranks were given by name stay as they are.
+
     Args:
         plan, model, table, bench: as for `timed`.
 
@@ -81,6 +85,8 @@ def surely_faster(plan: Plan, model: nn.Module, table: LatencyTable, bench: Benc
         if plan.latency.ratio < 1:
             return plan
         tried.append(f"{plan.latency.measured_ms:.4g} ms with {len(plan.low_rank)} layers low rank")
+        if all(layer.reason == GIVEN for layer in plan.low_rank):
+            break
         plan = _without_least_gains(plan, table)
     measured = "; ".join(tried) or "every layer is slower at its rank, or as slow"
     raise NothingToCompressError(
@@ -95,7 +101,8 @@ def _without_least_gains(plan: Plan, table: LatencyTable) -> Plan:
     def gain(layer: LayerPlan) -> float:
         return table.layer_ms(layer.name, None) - table.layer_ms(layer.name, layer.rank)
 
-    least = sorted(plan.low_rank, key=gain)[: (len(plan.low_rank) + 1) // 2]
+    layers = [layer for layer in plan.low_rank if layer.reason != GIVEN]
+    least = sorted(layers, key=gain)[: (len(layers) + 1) // 2]
     dropped = {
         layer.name: LayerPlan.of(layer.layer, None, f"gains too little: {gain(layer):.3g} ms") for layer in least
     }

@@ -51,12 +51,12 @@ def test_every_layer_is_timed_dense_and_at_ranks(made_up):
     assert table.model_ms == 100
     first = table.layers["0"]
     assert first.dense_ms == pytest.approx(2.048)
-    assert first.ranks == (8, 16)  # break-even is 21
-    assert first.ms == pytest.approx((8 * 96 / 1e3, 16 * 96 / 1e3))
+    assert first.ranks == (16, 21)  # break-even
+    assert first.ms == pytest.approx((16 * 96 / 1e3, 21 * 96 / 1e3))
     assert first.at(None) == first.dense_ms
-    assert first.at(12) == pytest.approx(12 * 96 / 1e3)
-    assert first.at(4) == first.at(8)
-    assert first.at(21) == first.at(16)
+    assert first.at(18) == pytest.approx(18 * 96 / 1e3)
+    assert first.at(4) == first.at(16)
+    assert first.curve(32) == pytest.approx([first.at(rank) for rank in range(33)])
 
 
 def test_stacks_are_timed_once_and_a_layer_called_twice_counts_twice(made_up):
@@ -74,31 +74,34 @@ def test_stacks_are_timed_once_and_a_layer_called_twice_counts_twice(made_up):
     assert table.layers["one"] == table.layers["two"]
     assert table.layers["twice"].dense_ms == pytest.approx(2 * table.layers["one"].dense_ms)
     assert table.layers["twice"].ms == pytest.approx([2 * ms for ms in table.layers["one"].ms])
-    # two stacks; each: dense once to see how slow it is, then dense and ranks 8 (break-even is 15)
-    assert made_up == [(1024, 1), (1024, 1), (512, 1), (1024, 2), (1024, 2), (512, 2)]
+    # two stacks; each: dense once to see how slow it is, then dense and at rank 15
+    assert made_up == [(1024, 1), (1024, 1), (960, 1), (1024, 2), (1024, 2), (960, 2)]
 
 
 def test_the_weights_of_a_module_share_its_time(made_up):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention = nn.MultiheadAttention(64, 4, bias=False, batch_first=True)
+            self.attention = nn.MultiheadAttention(128, 4, bias=False, batch_first=True)
 
         def forward(self, x):
             return self.attention(x, x, x)[0]
 
-    table, layers = table_of(Model(), (3, 64))
+    table, layers = table_of(Model(), (3, 128))
     packed, out = table.layers["attention.in_proj_weight"], table.layers["attention.out_proj"]
-    assert packed.dense_ms + out.dense_ms == pytest.approx(4 * 64 * 64 / 1e3)
+    assert packed.dense_ms + out.dense_ms == pytest.approx(4 * 128 * 128 / 1e3)
     assert packed.dense_ms == pytest.approx(3 * out.dense_ms)
-    ranks = {"attention.in_proj_weight": packed.ranks[1], "attention.out_proj": out.ranks[1]}
-    low_rank = sum(layers[name].num_low_rank_params(rank) for name, rank in ranks.items())
-    together = table.layer_ms("attention.in_proj_weight", packed.ranks[1]) + table.layer_ms(
-        "attention.out_proj", out.ranks[1]
-    )
-    assert together == pytest.approx(low_rank / 1e3)
-    more = layers["attention.out_proj"].num_low_rank_params(8) / 1e3
-    assert out.at(out.ranks[2]) - out.at(out.ranks[1]) == pytest.approx(more)
+    assert packed.ranks == out.ranks == (16, 32, 48, 63)
+    # 48 is the middle: what is timed there are both weights together
+    low_rank = sum(layers[name].num_low_rank_params(48) for name in table.layers)
+    assert packed.at(48) + out.at(48) == pytest.approx(low_rank / 1e3)
+    assert out.at(63) - out.at(16) == pytest.approx((63 - 16) * 256 / 1e3)
+
+
+def test_layers_save_no_more_than_the_model_takes(made_up):
+    table, _ = table_of(nn.Sequential(nn.Linear(512, 512, bias=False)), (512,))
+    assert table.layers["0"].dense_ms == pytest.approx(262.144)  # the model takes 100
+    assert table.layer_ms("0", None) - table.layer_ms("0", 16) == pytest.approx(100 * (1 - 16 * 1024 / 512**2))
 
 
 def test_slow_layers_are_timed_at_fewer_ranks(monkeypatch):
@@ -118,11 +121,11 @@ def test_slow_layers_are_timed_at_fewer_ranks(monkeypatch):
     assert asked == [1, 4, 1, 5, 1, 13]
 
 
-def test_ranks_are_multiples_of_8_up_to_break_even():
-    assert ranks_to_time(100, 12) == (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96)
-    assert ranks_to_time(100, 3) == (8, 48, 96)
-    assert ranks_to_time(384, 12)[-1] == 384
-    assert ranks_to_time(15, 12) == (8,)
+def test_ranks_are_multiples_of_16_and_break_even():
+    assert ranks_to_time(100, 12) == (16, 32, 48, 64, 80, 96, 100)
+    assert ranks_to_time(100, 3) == (16, 64, 100)
+    assert ranks_to_time(384, 12) == (16, 48, 80, 112, 144, 176, 224, 256, 288, 320, 352, 384)
+    assert ranks_to_time(16, 12) == (16,)
     assert ranks_to_time(5, 12) == (5,)
 
 

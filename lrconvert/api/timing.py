@@ -14,7 +14,7 @@ from lrconvert.latency import LatencyTable, measure
 from lrconvert.layers import Layer
 from lrconvert.loading import model_of
 from lrconvert.network import Network
-from lrconvert.plan import LayerPlan, Plan
+from lrconvert.plan import LayerPlan, Plan, given_rank
 from lrconvert.plan_budget import TOLERANCE, WOULD_NOT_SAVE, Prices
 from lrconvert.planning import Candidates
 from lrconvert.speed import Goal, reason_too_slow, slowest_allowed, surely_faster, timed, without_slower
@@ -64,9 +64,9 @@ def plan_by_time(candidates: Candidates, decide: Decide, goal: Goal, bench: Benc
         return timed(plan, model, table, bench) if plan.low_rank else plan
     if budget.kind == "latency_ratio":
         goal = "both" if goal == "size" else goal  # what is slower cannot be for size here
-        plan = _within_latency(budget, candidates.layers, decide, goal, model, table, bench)
+        plan = _within_latency(budget, candidates, decide, goal, model, table, bench)
     else:
-        plan = decide(fast_prices(candidates.prices(budget), table, goal))
+        plan = decide(fast_prices(candidates.prices(budget), candidates, table, goal))
         plan = timed(plan, model, table, bench) if plan.low_rank else plan
     if goal == "speed" and plan.latency is not None and plan.latency.ratio >= 1:
         raise NothingToCompressError(
@@ -78,7 +78,7 @@ def plan_by_time(candidates: Candidates, decide: Decide, goal: Goal, bench: Benc
 
 def _within_latency(
     budget: Budget,
-    layers: Sequence[Layer],
+    candidates: Candidates,
     decide: Decide,
     goal: Goal,
     model: nn.Module,
@@ -88,7 +88,7 @@ def _within_latency(
     """The plan whose measured latency is nearest to the budget's, of some that are each made from the one before."""
     tried: list[tuple[float, Plan]] = []
     for _ in range(CORRECTIONS + 1):
-        plan = decide(fast_prices(latency_prices(layers, table), table, goal))
+        plan = decide(fast_prices(latency_prices(candidates.layers, table), candidates, table, goal))
         if not plan.low_rank:
             return plan
         plan = timed(plan, model, table, bench)
@@ -111,15 +111,16 @@ def latency_prices(layers: Sequence[Layer], table: LatencyTable) -> Prices:
     return Prices(table.model_ms, dense, low_rank)
 
 
-def fast_prices(prices: Prices, table: LatencyTable, goal: Goal) -> Prices:
-    """`prices`, with ranks out of reach at which a layer is too slow for `goal`."""
+def fast_prices(prices: Prices, candidates: Candidates, table: LatencyTable, goal: Goal) -> Prices:
+    """`prices`, with ranks out of reach at which a layer is too slow for `goal`, unless its rank is given by name."""
     if goal == "size":
         return prices
-    low_rank = {}
-    for name, costs in prices.low_rank.items():
-        latency = table.layers.get(name)
-        fast = latency is not None and latency.curve(len(costs) - 1) <= slowest_allowed(latency, goal)
-        low_rank[name] = np.where(fast, costs, np.inf)
+    low_rank = dict(prices.low_rank)
+    for layer in candidates.layers:
+        latency = table.layers.get(layer.name)
+        if given_rank(layer, candidates.options) is None:
+            fast = latency is not None and latency.curve(layer.full_rank) <= slowest_allowed(latency, goal)
+            low_rank[layer.name] = np.where(fast, low_rank[layer.name], np.inf)
     return replace(prices, low_rank=low_rank)
 
 

@@ -135,8 +135,8 @@ class FactorizeRecord(Record):
         target: what a budget asked for and what is reached, predicted; None without, and for plans read from a file.
         num_params_before, num_params_after: of the whole network.
         macs_before, macs_after: of the whole network for one input, where it was traced.
-        latency_before_ms, latency_after_ms: median time of one call of the dense model and of the factorized one,
-            measured in turns; None where nothing was timed.
+        latency_before_ms, latency_after_ms: time of one call of the dense model and of the factorized one, fastest of
+            those that were measured in turns; None where nothing was timed.
         latency_after_predicted_ms: of the factorized model, from the times of its layers alone.
         latency_note: on what they were measured: device, threads and batch.
         nbytes_before, nbytes_after: size on disk, measured.

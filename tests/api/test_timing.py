@@ -180,9 +180,11 @@ def test_the_command_line_refuses_with_exit_code_3(cli, folder, clock):
 
 def test_auto_leaves_layers_dense_that_get_slower(cli, folder, clock):
     text = cli("factorize", *folder, "--dry-run", "--auto", "-v").out
+    record = json.loads(cli("factorize", *folder, "--dry-run", "--auto", "--json").out)
+    assert [row["rank"] is None for row in record["layers"]] == [True, False, True, True]
     assert "latency 20 ms → " in text
     assert "predicted" in text
     record = json.loads(cli("factorize", *folder, "--dry-run", "--auto", "--layer-rank", "4=16", "--json").out)
-    assert {row["name"]: row["rank"] for row in record["layers"]}["4"] is None
+    assert {row["name"]: row["rank"] for row in record["layers"]}["4"] == 16  # given by name
     record = json.loads(cli("factorize", *folder, "--dry-run", "--auto", "--for", "size", "--json").out)
     assert record["latency_before_ms"] is None
