@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lrconvert.api.analyze import analyze
     from lrconvert.api.compare import compare
+    from lrconvert.api.distill import distill
     from lrconvert.api.export import export
     from lrconvert.api.factorize import factorize, make_plan, merge
     from lrconvert.api.info import info
@@ -37,6 +38,7 @@ __all__ = [
     "StabilityCriterion",
     "analyze",
     "compare",
+    "distill",
     "evaluate",
     "export",
     "factorize",
@@ -63,6 +65,7 @@ _HOME = {
     "StabilityCriterion": "training.schedules",
     "analyze": "api.analyze",
     "compare": "api.compare",
+    "distill": "api.distill",
     "evaluate": "api.train",
     "export": "api.export",
     "factorize": "api.factorize",
