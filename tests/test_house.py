@@ -15,9 +15,9 @@ PACKAGE = Path(lrconvert.__file__).parent
 FLOORS = [
     {"errors", "noise"},
     {"recipe", "recipes"},
-    {"inputs", "layers", "patterns", "parallel", "tensors"},
+    {"inputs", "layers", "modes", "patterns", "parallel", "tensors"},
     {"spectrum", "stable_rank"},
-    {"ranks", "cost"},
+    {"ranks", "cost", "fidelity"},
     {"plan", "rewrite"},
     {"factorization", "surgery", "profiling", "onnx_graph"},
     {"checkpoints", "models"},
@@ -25,6 +25,7 @@ FLOORS = [
     {"network"},
     {"analysis", "exporters", "loading", "planning", "report"},
     {"training"},
+    {"samples"},
     {"api"},
     {"cli"},
 ]
