@@ -1,4 +1,4 @@
-"""`distill`: the factors of a network are trained for some minutes to compute what the dense one does, without labels."""
+"""`distill`: the factors of a network learn, in minutes and without labels, to compute what the dense one does."""
 
 import time
 from collections.abc import Mapping, Sequence

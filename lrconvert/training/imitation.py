@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lrconvert.errors import LrconvertError, UsageError
 from lrconvert.inputs import Call
 from lrconvert.layers import low_rank_modules
+from lrconvert.modes import evaluating
 from lrconvert.training.matching import Head, Seen, Watched, blocks_of, check_alike, relative_error
 from lrconvert.training.pace import ByClock, BySteps, Pace, rate
 from lrconvert.training.teacher import Teacher
@@ -255,18 +256,16 @@ def _at_rest(
     model: nn.Module, trained: Mapping[str, nn.Parameter], device: torch.device | None
 ) -> Iterator[torch.device]:
     """`model` on `device`, in eval mode, with gradients for `trained` alone; afterwards as it was."""
-    modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        model.to(device or home).eval().requires_grad_(False)
+        model.to(device or home).requires_grad_(False)
         for parameter in trained.values():
             parameter.requires_grad_(True)
-        yield device or home
+        with evaluating(model):
+            yield device or home
     finally:
         model.zero_grad()
         model.to(home)
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)

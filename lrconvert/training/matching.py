@@ -74,9 +74,7 @@ class Watched:
         mask = _token_mask(call, next(self.model.parameters()).device)
         outputs = [self.head(returned, mask)] if self.head else [_shown(each, mask) for each in _floats(returned)]
         if not outputs:
-            raise ModelError(
-                f"{type(self.model).__name__} returned no floating-point tensor to imitate"
-            )
+            raise ModelError(f"{type(self.model).__name__} returned no floating-point tensor to imitate")
         return Seen(tuple(outputs), tuple(_shown(hidden[path], mask) for path in self.blocks if path in hidden))
 
 

@@ -61,9 +61,8 @@ def test_the_error_falls_and_only_factors_move():
     done = imitate(small, dense, texts(), epochs=10, lr=1e-2)
     assert done.error_after < 0.8 * done.error_before
     factors = trainable(small)
-    assert {name for name, tensor in small.state_dict().items() if not torch.equal(tensor, before[name])} == set(
-        factors
-    )
+    after = small.state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == set(factors)
     assert all(".u." in name or ".v." in name for name in factors)
     assert all(torch.equal(tensor, taught[name]) for name, tensor in dense.state_dict().items())
     assert (done.steps, done.epochs, done.examples, done.held_out) == (110, 10, 88, 8)
@@ -179,7 +178,7 @@ def test_a_teacher_that_does_not_fit_is_refused():
 
 
 def test_hidden_tokens_count_for_nothing():
-    small, dense = pair()
+    small, _ = pair()
     call = texts(1)[0]
     seen = Watched(small.eval(), blocks_of(small))(call)
     ids = torch.where(call.kwargs["attention_mask"].bool(), call.kwargs["input_ids"], 0)
