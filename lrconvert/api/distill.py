@@ -75,6 +75,7 @@ def distill(
         raise UsageError("minutes and epochs both say how long to train: give one of them")
     if minutes is not None and not 0 < minutes < float("inf"):
         raise UsageError(f"minutes must be above 0, not {minutes:g}")
+    opened = time.monotonic()
     source = None if isinstance(small, nn.Module) else _factorized(open_checkpoint(small))
     if source is None and output is not None:
         raise UsageError("a live model is trained in place: no output; lrconvert.save writes it")
@@ -83,6 +84,8 @@ def distill(
             raise UsageError("distilling a checkpoint needs an output path")
         check_output(Path(output), source, overwrite)
     student = small if isinstance(small, nn.Module) else load(small, model, model_args=model_args).float()
+    # Writing will take about as long as reading did.
+    writing = 0.0 if source is None else time.monotonic() - opened
     dense = teacher if isinstance(teacher, nn.Module) else _teacher(teacher, source, model, model_args)
     if dense is student:
         raise UsageError("the network cannot be its own teacher: give the dense one, a copy from before factorizing")
@@ -99,7 +102,7 @@ def distill(
         student,
         dense,
         calls,
-        deadline=began + 60 * (minutes or _MINUTES) if epochs is None else None,
+        deadline=began + 60 * (minutes or _MINUTES) - writing if epochs is None else None,
         epochs=epochs,
         lr=lr,
         head=head,
