@@ -94,7 +94,8 @@ def imitate(
         progress: from what is done and its number of units, a function to call after each.
 
     Raises:
-        UsageError: there is nothing to train, there are too few calls, or a number is out of range.
+        UsageError: there is nothing to train, there are too few calls, a number is out of range, or the deadline comes
+            before the first step.
         ModelError: the teacher does not compute tensors like those of `small`.
         LrconvertError: the loss is no number any more; `small` then has its best weights so far.
     """
@@ -106,6 +107,9 @@ def imitate(
     trained = trainable(small)
     if not trained:
         raise UsageError("the network has no factors to train: factorize it first")
+    half = next((name for name, parameter in trained.items() if parameter.dtype.itemsize < 4), None)
+    if half is not None:
+        raise UsageError(f"{half} is in {trained[half].dtype}: call model.float(), factors are trained in float32")
     if len(calls) < 2:
         raise UsageError(f"{len(calls)} batch(es) of examples, of which one is held out: give more, or smaller ones")
     with _at_rest(small, trained, device) as here, _at_rest(teacher, {}, device):
@@ -114,12 +118,14 @@ def imitate(
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters, by name, of all that stands in the place of factorized weights: factors, and biases with them."""
-    return {
-        f"{path}.{name}".lstrip("."): parameter
-        for path, module in low_rank_modules(model)
-        for name, parameter in module.named_parameters()
-    }
+    """The factors of `model` and the biases of their modules, by name."""
+    found: dict[str, nn.Parameter] = {}
+    for path, module in low_rank_modules(model):
+        factors = {name for weight in module.factored for name in module.counterparts(weight)}
+        for name, parameter in module.named_parameters():
+            if name in factors or parameter.dim() == 1:
+                found[f"{path}.{name}".lstrip(".")] = parameter
+    return found
 
 
 class _Run:
@@ -164,6 +170,8 @@ class _Run:
             steps, stopped_early = self._train(pace, lr, progress)
         finally:
             self._restore()
+        if not steps:
+            raise UsageError("the time was over before the first step: give it more minutes")
         sizes = [sum(self.calls[number].size for number in part) for part in (self.seen, self.watched)]
         return Imitated(
             error_before=before,

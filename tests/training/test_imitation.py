@@ -117,6 +117,23 @@ def test_a_deadline_ends_the_run(monkeypatch):
     assert now[0] <= 120.5
 
 
+def test_a_deadline_that_is_over_is_refused():
+    small, dense = pair()
+    with pytest.raises(UsageError, match="give it more minutes"):
+        imitate(small, dense, texts(), deadline=0.0)
+
+
+def test_what_is_trained_of_a_recurrent_layer_and_of_attention():
+    layers = nn.ModuleDict({"lstm": nn.LSTM(24, 16), "attention": nn.MultiheadAttention(32, 2)})
+    lrconvert.factorize(layers, "rank=3", include=["*ih_l0", "*in_proj*"], keep_first=0)
+    found = trainable(layers)
+    assert {name for name in found if found[name].dim() > 1} == {
+        name for name in dict(layers.named_parameters()) if name.endswith((".u.weight", ".v.weight"))
+    }
+    assert "lstm.bias_ih_l0" in found
+    assert "lstm.weight_hh_l0" not in found
+
+
 def test_a_run_that_gets_no_better_ends_early_with_the_weights_it_began_with():
     small, dense = pair()
     before = weights(small)
@@ -157,6 +174,12 @@ def test_settings_that_make_no_sense_are_refused(change, complaint):
     small, dense = pair()
     with pytest.raises(UsageError, match=complaint):
         imitate(small, dense, **{"calls": texts(), "epochs": 1, **change})
+
+
+def test_half_precision_is_refused():
+    small, dense = pair()
+    with pytest.raises(UsageError, match=r"torch\.float16: call model\.float"):
+        imitate(small.half(), dense, texts(), epochs=1)
 
 
 def test_a_network_without_factors_is_refused():
