@@ -18,12 +18,10 @@ from lrconvert.errors import LrconvertError, UsageError
 from lrconvert.inputs import Call
 from lrconvert.layers import low_rank_modules
 from lrconvert.modes import evaluating
-from lrconvert.training.matching import Head, Seen, Watched, blocks_of, check_alike, relative_error
+from lrconvert.training.matching import Head, Watched, blocks_of, check_alike, relative_error
 from lrconvert.training.pace import ByClock, BySteps, Pace, rate
 from lrconvert.training.teacher import Teacher
 
-# The part in the loss of the hidden activations of all blocks together; the outputs' is 1.
-_HIDDEN_WEIGHT = 1.0
 _CLIP = 1.0
 # How often the held-out error is measured, and after how many times without a new best the run ends.
 _LOOKS, _PATIENCE = 10, 5
@@ -75,9 +73,9 @@ def imitate(
 ) -> Imitated:
     """Train the factors of `small`, and the biases beside them, until it computes what `teacher` computes.
 
-    AdamW on ‖y′ − y‖² / ‖y‖² of the outputs and of every block (`matching.blocks_of`); the learning rate climbs and
-    falls over the whole run, see `pace.rate`. Both networks are in eval mode: dropout is off, and no running statistics
-    change. The weights with the least error on held-out examples are kept.
+    AdamW on ‖y′ − y‖² / ‖y‖², a mean over the outputs and those of every block (`matching.blocks_of`), all alike; the
+    learning rate climbs and falls over the whole run, see `pace.rate`. Both networks are in eval mode: dropout is off,
+    and no running statistics change. The weights with the least error on held-out examples are kept.
 
     Args:
         small: factorized, in float32; changed in place. Modes and gradients are afterwards as they were.
@@ -217,7 +215,7 @@ class _Run:
 
     def _step(self, number: int, optimizer: torch.optim.Optimizer, steps: int) -> None:
         wanted = self.teacher(number)
-        loss = _loss(self.small(self.calls[number]), wanted)
+        loss = relative_error(self.small(self.calls[number]).tensors, wanted.tensors)
         if not bool(loss.isfinite()):
             raise LrconvertError(f"the loss is not a number any more, after {steps} steps: lower the learning rate")
         optimizer.zero_grad()
@@ -252,11 +250,6 @@ class _Run:
     def _restore(self) -> None:
         for name, parameter in self.trained.items():
             parameter.copy_(self.best[name])
-
-
-def _loss(got: Seen, wanted: Seen) -> Tensor:
-    loss = relative_error(got.outputs, wanted.outputs)
-    return loss + _HIDDEN_WEIGHT * relative_error(got.hidden, wanted.hidden) if wanted.hidden else loss
 
 
 @contextmanager
