@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lrconvert.api.analyze import analyze
     from lrconvert.api.calibrate import calibrate
     from lrconvert.api.compare import compare
+    from lrconvert.api.distill import distill
     from lrconvert.api.export import export
     from lrconvert.api.factorize import factorize, make_plan, merge
     from lrconvert.api.info import info
@@ -39,6 +40,7 @@ __all__ = [
     "analyze",
     "calibrate",
     "compare",
+    "distill",
     "evaluate",
     "export",
     "factorize",
@@ -66,6 +68,7 @@ _HOME = {
     "analyze": "api.analyze",
     "calibrate": "api.calibrate",
     "compare": "api.compare",
+    "distill": "api.distill",
     "evaluate": "api.train",
     "export": "api.export",
     "factorize": "api.factorize",

@@ -18,7 +18,7 @@ from lrconvert.report.tables import (
     shape_text,
     target_text,
 )
-from lrconvert.report.terminal_training import render_evaluate, render_train
+from lrconvert.report.terminal_training import render_distill, render_evaluate, render_train
 
 _BARS = "▁▂▃▄▅▆▇█"
 _DECADES = 3
@@ -228,4 +228,5 @@ _RENDERERS: dict[type[records.Record], Callable[[Any, Console, bool, bool], None
     records.DemoRecord: _demo,
     training_records.TrainRecord: render_train,
     training_records.EvaluateRecord: render_evaluate,
+    training_records.DistillRecord: render_distill,
 }
