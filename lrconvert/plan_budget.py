@@ -134,6 +134,18 @@ def plan_within(
     return Plan(order=order, rule=str(budget), target=target, layers=tuple(decisions))
 
 
+def _errors(
+    budget: Budget, layers: Sequence[Layer], evidence: Mapping[str, Evidence], curves: Mapping[str, FloatArray] | None
+) -> Mapping[str, FloatArray]:
+    """Squared error of each layer at every rank, as the allocator of `budget` sees it."""
+    curve = ALLOCATORS[budget.allocator].curve
+    if curves is not None:
+        return curves
+    if curve is None:
+        raise UsageError(f"--allocator {budget.allocator} needs examples: --calibrate DATA")
+    return {layer.name: curve(evidence[layer.name]) for layer in layers}
+
+
 def _options_or_reason(
     evidence: Evidence, curve: FloatArray, budget: Budget, prices: Prices, options: PlanOptions
 ) -> Options | str:

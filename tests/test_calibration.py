@@ -18,6 +18,9 @@ from lrconvert.layers.survey import layers_of_module
 from lrconvert.plan import LayerPlan, Plan
 from lrconvert.surgery import factorize_module
 
+# oneDNN says so where it has no kernel of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
 KINDS = sorted(kind for kind in LAYOUTS if kind != "embedding" and "transpose" not in kind)
 ONE_WEIGHT = ["conv1d", "conv2d", "conv3d", "linear"]
 
