@@ -72,6 +72,7 @@ def calibrate(
     calls: Sequence[Call],
     *,
     two_sided: bool = True,
+    projections: int = 1,
     head: Head | None = None,
     device: torch.device | None = None,
     memory: int = _MEMORY,
@@ -86,6 +87,7 @@ def calibrate(
             recurrent layers that are called with packed sequences.
         calls: arguments of the model, batches of examples. Tokens that an "attention_mask" hides are not counted.
         two_sided: differentiate too.
+        projections: draws of z for each call, each with a backward pass of its own.
         head: what of the output counts; the first tensor in it if None.
         device: where to run; the model is moved there and back.
         memory: bytes of second moments that may be held at a time.
@@ -105,16 +107,16 @@ def calibrate(
         for part in _parts([layer for layer in layers if can_respond(layer)], memory):
             examples, energy, generator = 0, 0.0, torch.Generator().manual_seed(seed)
             parameters = dict(model.named_parameters(remove_duplicate=False))
-            watch = _Watch({id(parameters[layer.weight]): _Moments(layer, two_sided) for layer in part})
+            watch = _Watch({id(parameters[layer.weight]): _Moments(layer, two_sided, projections) for layer in part})
             for call in calls:
                 watch.mask = mask_of(call, device or home)
                 with torch.set_grad_enabled(two_sided), watch:
                     output = output_of(running, call, head)
                 examples += call.size
                 energy += float((output.detach().double() ** 2).sum())
-                if output.requires_grad:
+                for left in reversed(range(projections if output.requires_grad else 0)):
                     z = torch.randn(output.shape, generator=generator).to(output)
-                    torch.autograd.backward(output, z)
+                    torch.autograd.backward(output, z / projections**0.5, retain_graph=left > 0)
                 if progress:
                     progress()
             responses |= watch.responses(examples)
@@ -186,9 +188,9 @@ def output_of(model: nn.Module, call: Call, head: Head | None = None) -> Tensor:
 class _Moments:
     """The sums that become one layer's response."""
 
-    def __init__(self, layer: Layer, two_sided: bool) -> None:
+    def __init__(self, layer: Layer, two_sided: bool, projections: int) -> None:
         rows, columns = layer.matrix_shape
-        self.layer, self.two_sided = layer, two_sided
+        self.layer, self.two_sided, self.projections = layer, two_sided, projections
         self.rows_side = rows <= columns
         size = (layer.groups, layer.full_rank, layer.full_rank)
         self.forward_sum, self.backward_sum = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
@@ -220,7 +222,7 @@ class _Moments:
         # that are large in both. On a sentence encoder neither half alone keeps as much (benchmarks/README.md).
         weights = (arrived**2).sum(dim=2, keepdim=True)
         mean = weights.mean(dim=1, keepdim=True)
-        weights = torch.where(mean > 0, (1 + weights / mean) / 2, 1.0)
+        weights = torch.where(mean > 0, (1 + weights / mean) / 2, 1.0) / self.projections
         self.forward_sum[groups] += _gram(seen * weights.sqrt().to(seen.dtype))
         if not self.rows_side:
             arrived = arrived @ self.layer.layout.matrices(product.weight.detach(), len(seen)).to(arrived.dtype)

@@ -31,6 +31,7 @@ def calibrate(
     seed: int = 0,
     splits: Mapping[str, int] | None = None,
     two_sided: bool = True,
+    projections: int = 1,
     measure: bool = False,
     data_dir: str | Path = "data",
     download: bool = True,
@@ -54,6 +55,7 @@ def calibrate(
         count, batch_size, skip, seed, data_dir, download, img_size, mean, std, max_tokens: likewise.
         splits: of layers that will be factorized in parts, see `make_plan`.
         two_sided: differentiate too, so that errors of all layers are in one unit; one backward pass a batch.
+        projections: backward passes a batch; more of them, less noise in what is known of the gradients.
         measure: also measure what low ranks of each layer alone do to the output, for the allocator "sensitivity".
         model, model_args, input_shape, device, progress: see `analyze`.
 
@@ -84,7 +86,15 @@ def calibrate(
     head = sentence_head(folder) if folder is not None and folder.is_dir() else None
     advance = progress("calibrating", len(samples.calls)) if progress else None
     found = numbers.calibrate(
-        live, network.layers, samples.calls, two_sided=two_sided, head=head, device=where, seed=seed, progress=advance
+        live,
+        network.layers,
+        samples.calls,
+        two_sided=two_sided,
+        projections=projections,
+        head=head,
+        device=where,
+        seed=seed,
+        progress=advance,
     )
     if not found.responses:
         raise UsageError(f"calibration on {data} met no weight that can be factorized")
