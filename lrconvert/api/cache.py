@@ -92,7 +92,7 @@ def stamp(path: Path) -> list[Any]:
     return [str(path), status.st_mtime_ns, _hash(json.dumps(inside).encode())]
 
 
-def _hash(*parts: bytes | memoryview) -> str:
+def _hash(*parts: bytes) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -135,4 +135,4 @@ def _write_tensors(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _tensor_hash(tensors: Mapping[str, Tensor]) -> str:
-    return _hash(*(part for name in sorted(tensors) for part in (name.encode(), memoryview(tensors[name].numpy()))))
+    return _hash(*(part for name in sorted(tensors) for part in (name.encode(), tensors[name].numpy().tobytes())))

@@ -22,7 +22,7 @@ from lrconvert.training.evaluation import accuracy_of
 
 
 def tried(dense: nn.Module, plan: Plan | None, device: torch.device, responses: Mapping[str, Response]) -> nn.Module:
-    """A copy of `dense` on `device`, factorized by `plan` unless that is None; its data-aware layers need `responses`."""
+    """A copy of `dense` on `device`, factorized by `plan` unless that is None; data-aware layers need `responses`."""
     model = copy.deepcopy(dense)
     if plan is not None and plan.low_rank:
         model = factorize_module(model, plan, device, responses=responses)

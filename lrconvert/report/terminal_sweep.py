@@ -14,13 +14,13 @@ def render_sweep(record: SweepRecord, console: Console, wide: bool, verbose: boo
     measured = record.held_out is not None
     shown = {
         "allocator": several or wide,
-        f"{record.by} ≤": True,
+        "budget": True,
         "params": True,
         "MACs": record.macs is not None,
         "ms": record.latency_note is not None,
-        "error": True,
+        "error": wide or not measured,
         "measured": measured,
-        "agree": measured and any(point.agreement is not None for point in record.points),
+        "agree": wide and measured and any(point.agreement is not None for point in record.points),
         "accuracy": record.validation is not None,
         "": True,
     }
@@ -35,13 +35,17 @@ def render_sweep(record: SweepRecord, console: Console, wide: bool, verbose: boo
     dense += [f"accuracy {record.accuracy:.2%}"] if record.accuracy is not None else []
     console.print(f"dense: {', '.join(dense)}")
     of = "‖y′ − y‖/‖y‖ of the output" if record.calibrated else "√(total ‖W − VU‖² / total ‖W‖²)"
-    lines = [f"params, MACs, ms: of dense. error: predicted, {of}. ●: no other row is better at the same cost or less."]
+    lines = [f"budget, params, MACs, ms: of dense; a budget is one of {record.by}."]
+    if shown["error"]:
+        lines.append(f"error: predicted, {of}.")
     if measured:
-        lines.append(f"measured, agree: error, and share of equal decisions, on {record.held_out} held-out examples.")
+        agree = ", and share of equal decisions" if shown["agree"] else ""
+        lines.append(f"measured: {of}{agree}, on {record.held_out} held-out examples.")
     if record.validation is not None:
         lines.append(f"accuracy: on the validation images of {record.validation}, measured.")
     if record.latency_note is not None:
         lines.append(f"ms: time of one call, measured in turns with the dense model on {record.latency_note}.")
+    lines.append("●: no other row is better at the same cost or less.")
     if any(point.plan_ratio != point.ratio for point in record.points):
         lines.append("=: the plan of a smaller budget, which is better.")
     console.print("\n" + "\n".join(lines), style="dim")
