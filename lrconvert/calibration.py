@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,12 +96,11 @@ def calibrate(
     if not calls:
         raise UsageError("calibration needs examples, and there are none")
     home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(seed)
     responses: dict[str, Response] = {}
     examples, energy = 0, 0.0
     with at_rest(model.to(device or home)), explicit(model) as running:
         for part in _parts([layer for layer in layers if can_respond(layer)], memory):
-            examples, energy = 0, 0.0
+            examples, energy, generator = 0, 0.0, torch.Generator().manual_seed(seed)
             parameters = dict(model.named_parameters(remove_duplicate=False))
             watch = _Watch({id(parameters[layer.weight]): _Moments(layer, two_sided) for layer in part})
             for call in calls:
@@ -189,26 +189,34 @@ class _Moments:
         self.positions = torch.zeros(layer.groups, dtype=torch.float64)
         self.reached = False
 
-    def forward(self, product: Product, output: Tensor, groups: slice, keep: Tensor | None) -> None:
-        """Add what a product saw."""
+    def forward(self, product: Product, output: Tensor, groups: slice, keep: Tensor | None) -> Tensor:
+        """Count what a product saw, and return it: (groups, n, s) outputs of the weight, or inputs."""
         count = len(range(*groups.indices(self.layer.groups)))
-        if self.rows_side:
-            seen = product.outputs(output if product.bias is None else _without(product, output), count)
-        else:
-            seen = product.inputs(count)
-        seen = seen.detach() if keep is None else seen.detach()[:, keep]
-        self.forward_sum[groups] += _gram(seen)
+        seen = product.outputs(output.detach(), count) if self.rows_side else product.inputs(count).detach()
+        if self.rows_side and product.bias is not None:
+            seen = seen - product.bias.detach().reshape(count, 1, -1)
+        elif self.two_sided:
+            seen = seen.clone()  # it may be overwritten before the gradient arrives
+        seen = seen if keep is None else seen[:, keep]
         self.mean[groups] += seen.sum(dim=1, dtype=torch.float64).cpu()
         self.positions[groups] += seen.shape[1]
+        if not self.two_sided:
+            self.forward_sum[groups] += _gram(seen)
+        return seen
 
-    def backward(self, product: Product, gradient: Tensor, groups: slice, keep: Tensor | None) -> None:
-        """Add the gradient of its outputs."""
+    def backward(self, product: Product, seen: Tensor, groups: slice, keep: Tensor | None, gradient: Tensor) -> None:
+        """Add what a product saw, now that the gradient of its outputs is known."""
         self.reached = True
-        count = len(range(*groups.indices(self.layer.groups)))
-        arrived = product.outputs(gradient, count)
+        arrived = product.outputs(gradient, len(seen))
         arrived = arrived if keep is None else arrived[:, keep]
+        # Half of C is weighted by what each position means for the output: E[x xᵀ]·E[g gᵀ] says nothing of positions
+        # that are large in both. On a sentence encoder neither half alone keeps as much (benchmarks/README.md).
+        weights = (arrived**2).sum(dim=2, keepdim=True)
+        mean = weights.mean(dim=1, keepdim=True)
+        weights = torch.where(mean > 0, (1 + weights / mean) / 2, 1.0)
+        self.forward_sum[groups] += _gram(seen * weights.sqrt().to(seen.dtype))
         if not self.rows_side:
-            arrived = arrived @ self.layer.layout.matrices(product.weight.detach(), count).to(arrived.dtype)
+            arrived = arrived @ self.layer.layout.matrices(product.weight.detach(), len(seen)).to(arrived.dtype)
         self.backward_sum[groups] += _gram(arrived)
 
     def response(self, weight: Tensor, examples: int) -> Response | None:
@@ -231,12 +239,6 @@ def _gram(rows: Tensor) -> Tensor:
     """Σ x xᵀ (groups, s, s) of (groups, n, s): products of one call in float32, summed over calls in float64."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
     return (rows.mT @ rows).double().cpu()
-
-
-def _without(product: Product, output: Tensor) -> Tensor:
-    """The outputs before the bias was added."""
-    assert product.bias is not None
-    return output - product.bias.detach().reshape(-1, *[1] * (-1 - product.channels))
 
 
 class _Watch(TorchFunctionMode):
@@ -264,15 +266,12 @@ class _Watch(TorchFunctionMode):
         groups = _groups(product.weight, owner, moments.layer)
         leading = output.shape[: self.mask.dim()] if self.mask is not None else ()
         keep = self.mask.flatten() if self.mask is not None and leading == self.mask.shape else None
-        moments.forward(product, output, groups, keep)
+        seen = moments.forward(product, output, groups, keep)
         if moments.two_sided:
-            if output.requires_grad:
-                output.register_hook(lambda gradient: moments.backward(product, gradient, groups, keep))
-            else:  # the first products: gradients end here. A copy, as what follows may work in place
-                output.requires_grad_().register_hook(
-                    lambda gradient: moments.backward(product, gradient, groups, keep)
-                )
-                output = output.clone()
+            ends_here = not output.requires_grad  # the first products
+            hook = partial(moments.backward, product, seen, groups, keep)
+            output.requires_grad_().register_hook(hook)
+            output = output.clone() if ends_here else output  # what follows may work in place
         return output
 
     def responses(self, examples: int) -> dict[str, Response]:

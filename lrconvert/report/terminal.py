@@ -99,7 +99,7 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
     print_notes(console, record.notes)
     rows = [row for row in record.layers if row.rank is not None or verbose]
     console.print(decision_table(rows, wide))
-    measure = "of the outputs on the calibration's examples" if any(row.data_aware for row in rows) else "‖W − VU‖/‖W‖"
+    measure = "of the outputs" if any(row.data_aware for row in rows) else "‖W − VU‖/‖W‖"
     console.print(f"\nsize: elements of both factors / of the weight. error: predicted, {measure}.", style="dim")
     if not verbose:
         print_reasons(console, "Kept dense", Counter(row.reason for row in record.layers if row.rank is None))

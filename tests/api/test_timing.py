@@ -9,8 +9,10 @@ from torch import nn
 
 import lrconvert
 import lrconvert.api.timing
+import lrconvert.network
 from lrconvert.bench import Bench
 from lrconvert.errors import NothingToCompressError, TargetError, UnknownNameError, UsageError
+from lrconvert.inputs import Input
 from lrconvert.latency import LatencyTable, LayerLatency
 
 FACTORY = """
@@ -188,3 +190,21 @@ def test_auto_leaves_layers_dense_that_get_slower(cli, folder, clock):
     assert {row["name"]: row["rank"] for row in record["layers"]}["4"] == 16  # given by name
     record = json.loads(cli("factorize", *folder, "--dry-run", "--auto", "--for", "size", "--json").out)
     assert record["latency_before_ms"] is None
+
+
+def test_a_model_that_looks_into_its_mask_is_timed_without(monkeypatch):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = (nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x, mask=None):
+            if mask is not None and not mask.all():  # which fails without data
+                x = x * mask
+            return self.head(self.second(self.first(x)))
+
+    inputs = (Input((64,), "x"), Input((64,), "mask", kind="mask"))
+    monkeypatch.setattr(lrconvert.network, "inputs_of_live", lambda _: inputs)
+    network = lrconvert.network.open_network(Masked())
+    assert network.inputs == inputs
+    assert lrconvert.api.timing.bench_for(network, 2, torch.device("cpu"), False).inputs == inputs[:1]
