@@ -1,7 +1,7 @@
 """What was computed before, found again by what it was computed from: in memory, and in a folder where one is given.
 
 A file of the folder is named by a hash of its key and holds the key itself, and a hash of its contents. A file that is
-damaged, or that something else wrote, counts as missing and is written anew.
+damaged, or that something else wrote (another version of lrconvert, too), counts as missing and is written anew.
 """
 
 import hashlib
@@ -14,11 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lrconvert.checkpoints import WRITTEN_BY
 from lrconvert.checkpoints.atomic import atomic_path
 from lrconvert.errors import CheckpointError, UsageError
-
-# Part of every key: goes up when what is stored, or how it is computed, changes.
-_VERSION = 1
 
 # What a result follows from: anything that JSON can hold.
 Key = Mapping[str, Any]
@@ -63,7 +61,7 @@ class Cache:
         read: Callable[[Path, str], Any],
         write: Callable[[Path, str, Any], None],
     ) -> Any:
-        text = json.dumps({"version": _VERSION, "what": what, **key}, sort_keys=True)
+        text = json.dumps({"by": WRITTEN_BY, "what": what, **key}, sort_keys=True)
         if text in self._known:
             return self._known[text]
         path = None if self.folder is None else self.folder / f"{what}-{_hash(text.encode())[:32]}{suffix}"

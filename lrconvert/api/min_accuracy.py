@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lrconvert.budget import Budget
-from lrconvert.errors import TargetError
+from lrconvert.errors import NothingToCompressError, TargetError
 from lrconvert.plan import Plan, Target
 from lrconvert.planning import Candidates
 
@@ -36,6 +36,7 @@ def plan_by_accuracy(
 
     Raises:
         TargetError: the dense network is less accurate, or any plan makes it so; the message says how accurate one is.
+        NothingToCompressError: no layer may be factorized.
     """
     dense = accuracy(None)
     if dense < budget.target:
@@ -52,6 +53,7 @@ def plan_by_accuracy(
 
     low, high = _lowest(at), 1.0
     best: tuple[Plan, float] | None = None
+    closest = 0.0
     for _ in range(_MOST_EVALUATIONS):
         if high <= low * (1 + _NEAR):
             break
@@ -60,25 +62,31 @@ def plan_by_accuracy(
             break
         found = accuracy(plan)
         ratio = _ratio(plan)
+        closest = max(closest, found)
         if found >= budget.target:
             best, high = (plan, found), ratio
         else:
-            low = max(low, ratio)
-    if best is None:
-        mildest = _between(at, low, 1.0, _MILDEST)
-        found = accuracy(mildest) if mildest is not None else dense
-        if mildest is None or found < budget.target:
-            raise _refusal(budget, found, "ask for that, or fine-tune what a budget gives (lrconvert finetune)")
-        best = mildest, found
+            low = ratio
+    if best is None and (mildest := _between(at, low, 1.0, _MILDEST)) is not None:
+        best = mildest, accuracy(mildest)
+        closest = max(closest, best[1])
+    if best is None or best[1] < budget.target:
+        raise _refusal(budget, closest, "ask for that, or fine-tune what a budget gives (lrconvert finetune)")
     plan, reached = best
     return plan.model_copy(update={"target": Target(kind=budget.kind, asked=budget.target, reached=reached)})
 
 
 def _lowest(at: Callable[[float], Plan]) -> float:
-    """The smallest ratio that there is a plan for."""
+    """The smallest ratio that there is a plan for.
+
+    Raises:
+        NothingToCompressError: there is none but the dense network.
+    """
     try:
         return _ratio(at(_UNREACHABLE))
     except TargetError as error:
+        if error.closest >= 1:
+            raise NothingToCompressError("no layer to factorize; allow more: --keep-first 0, --include LAYER") from None
         return error.closest
 
 

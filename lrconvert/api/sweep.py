@@ -90,6 +90,9 @@ def sweep(
     network, where = open_network(source, model, model_args, input_shape), resolve_device(device)
     if cache is not None and network.checkpoint is None:
         raise UsageError("a cache folder tells networks apart by their files, and a live model has none")
+    runs = calibrate is not None or evaluate is not None
+    if runs and network.checkpoint is not None and network.architecture is None:
+        raise UsageError(f"{network.name} has to be run: name its --model (graphs cannot be)")
     options = plan_options(
         budget=budgets[0], keep_first=keep_first, keep_last=keep_last, include=tuple(include), exclude=tuple(exclude)
     )

@@ -14,7 +14,7 @@ SUFFIXES = (".svg", ".html")
 # Okabe and Ito's colours, which all eyes can tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 # Of one panel, in pixels: the plot, and what is left of it and below.
-_WIDTH, _HEIGHT, _LEFT, _BELOW, _ABOVE, _GAP = 300, 220, 58, 46, 34, 24
+_WIDTH, _HEIGHT, _LEFT, _BELOW, _ABOVE, _GAP = 300, 220, 58, 46, 46, 24
 _LEGEND = 18
 
 
@@ -110,13 +110,13 @@ def _panel(
         parts += [_text(left - 6, y + 4, f"{tick:g}", 'text-anchor="end"')]
     parts += [_line(left, bottom, left + _WIDTH, bottom, "#222"), _line(left, _ABOVE, left, bottom, "#222")]
     parts += [_text(left + _WIDTH / 2, bottom + 32, x_name, 'text-anchor="middle"')]
-    parts += [_text(left, _ABOVE - 4, y_name, 'fill="#555"')]
+    parts += [_text(left, _ABOVE - 8, y_name, 'fill="#555"')]
     if dense is not None:
         _, y = place(low_x, dense)
         parts += [_line(left, y, left + _WIDTH, y, "#222", 'stroke-dasharray="4 3"')]
         parts += [_text(left + _WIDTH, y - 4, "dense", 'text-anchor="end"')]
     for number, curve in enumerate(curves):
-        placed = [place(x, y) for x, y in sorted(curve)]
+        placed = [place(x, y) for x, y in curve]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts += [f'<polyline points="{path}" fill="none" stroke="{_colour(number)}" stroke-width="1.5"/>']
         parts += [_dot(x, y, number) for x, y in placed]

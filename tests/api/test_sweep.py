@@ -17,7 +17,14 @@ import lrconvert
 from lrconvert.api import trials, validation
 from lrconvert.api.cache import Cache
 from lrconvert.cost import trace
-from lrconvert.errors import CheckpointError, LrconvertError, TargetError, UnknownNameError, UsageError
+from lrconvert.errors import (
+    CheckpointError,
+    LrconvertError,
+    NothingToCompressError,
+    TargetError,
+    UnknownNameError,
+    UsageError,
+)
 from lrconvert.fidelity import fidelity, outputs_of
 from lrconvert.inputs import one_input
 from lrconvert.models.zoo.digits_cnn import INPUT_SHAPE, DigitsCNN
@@ -241,6 +248,10 @@ def test_budgets_that_cannot_be_met_are_noted_or_refused(file):
     ]:
         with pytest.raises(error, match=message):
             lrconvert.sweep(file, **settings)
+    torch.save(lrconvert.load(file).state_dict(), "bare.pt")
+    with pytest.raises(UsageError, match="has to be run: name its --model"):
+        lrconvert.sweep("bare.pt", evaluate="digits")
+    assert len(lrconvert.sweep("bare.pt", ratios=(0.6, 0.5)).points) == 2
 
 
 def test_where_no_examples_are_left_errors_are_only_predicted(file):
@@ -300,6 +311,19 @@ def test_accuracy_that_cannot_be_had_is_refused_with_the_closest(file, trained, 
     with pytest.raises(TargetError, match=r"closest is 0\.5; ask for that, or fine-tune") as caught:
         lrconvert.make_plan(file, min_accuracy=0.6, evaluate="digits")
     assert caught.value.exit_code == 3
+
+
+def test_few_layers_have_few_plans(digits):
+    """Ranks 64, 128, … of two layers: most ratios are refused by themselves, and the nearest are tried."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(64, 64, bias=False) for _ in range(4)), nn.Linear(64, 10))
+    true = accuracy_of(model, digits.validation)
+    settings = {"evaluate": "digits", "rank_multiple": 16, "keep_first": 2}
+    plan = lrconvert.make_plan(model, min_accuracy=max(true / 4, 0.01), **settings)
+    assert plan.low_rank
+    assert plan.target.reached >= plan.target.asked
+    with pytest.raises(NothingToCompressError, match="no layer to factorize; allow more"):
+        lrconvert.make_plan(model, min_accuracy=0.01, evaluate="digits", keep_first=9)
 
 
 def test_what_accuracy_needs_is_asked_for(file, trained, tmp_path):
