@@ -11,7 +11,7 @@ from lrconvert.planning import Candidates
 
 # Ratios of parameters are narrowed down to this, relative to the result, in at most so many evaluations.
 _NEAR = 0.01
-_MOST_EVALUATIONS = 8
+_MOST_EVALUATIONS = 9
 # The mildest plan: the largest share of the parameters that is tried.
 _MILDEST = 0.99
 # Below what any network can reach: how far down it goes is then in the refusal.

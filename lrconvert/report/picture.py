@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from html import escape
-from math import floor, log10
+from math import floor, isfinite, log10
 from pathlib import Path
 
 from lrconvert.checkpoints.atomic import atomic_path
@@ -64,7 +64,7 @@ def picture(record: SweepRecord) -> str:
             [
                 (float(cost(point) or 0.0), found)
                 for point in record.points
-                if point.allocator == allocator and (found := value(point)) is not None
+                if point.allocator == allocator and (found := value(point)) is not None and isfinite(found)
             ]
             for allocator in allocators
         ]
@@ -125,7 +125,7 @@ def _panel(
 
 def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
     """(first, last, ticks) of an axis that holds `values`: four to nine round numbers."""
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=1.0)
     span = high - low or abs(high) or 1.0
     unit = 10.0 ** floor(log10(span))
     step = next(unit * share for share in (0.1, 0.2, 0.5, 1.0, 2.0) if span / (unit * share) <= 7)

@@ -1,5 +1,6 @@
 """What a sweep over budgets found, as plain data; see `lrconvert.report.record`."""
 
+from math import inf, isnan
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -50,7 +51,7 @@ class SweepPoint(BaseModel):
         if self.accuracy is not None:
             return 1 - self.accuracy
         known = self.error_predicted if self.error_measured is None else self.error_measured
-        return float("inf") if known is None else known
+        return inf if known is None or isnan(known) else known
 
     @property
     def latency_ratio(self) -> float | None:

@@ -35,7 +35,10 @@ def render_sweep(record: SweepRecord, console: Console, wide: bool, verbose: boo
     dense += [f"accuracy {record.accuracy:.2%}"] if record.accuracy is not None else []
     console.print(f"dense: {', '.join(dense)}")
     of = "‖y′ − y‖/‖y‖ of the output" if record.calibrated else "√(total ‖W − VU‖² / total ‖W‖²)"
-    lines = [f"budget, params, MACs, ms: of dense; a budget is one of {record.by}."]
+    of_dense = ["budget", "params", *(name for name in ("MACs", "ms") if shown[name])]
+    lines = [
+        f"{', '.join(of_dense)}: of dense; the budget is one of {'MACs' if record.by == 'macs' else 'parameters'}."
+    ]
     if shown["error"]:
         lines.append(f"error: predicted, {of}.")
     if measured:

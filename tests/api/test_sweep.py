@@ -314,7 +314,7 @@ def test_accuracy_that_cannot_be_had_is_refused_with_the_closest(file, trained, 
 
 
 def test_few_layers_have_few_plans(digits):
-    """Ranks 64, 128, … of two layers: most ratios are refused by themselves, and the nearest are tried."""
+    """Two layers of rank 16 or dense: most ratios are refused by themselves, and the nearest are tried."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Flatten(), *(nn.Linear(64, 64, bias=False) for _ in range(4)), nn.Linear(64, 10))
     true = accuracy_of(model, digits.validation)
