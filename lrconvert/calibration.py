@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lrconvert.allocation import FloatArray
 from lrconvert.errors import UsageError
+from lrconvert.heads import Head
 from lrconvert.inputs import Call
 from lrconvert.layers import Layer
 from lrconvert.layers.explicit import explicit
@@ -71,6 +72,7 @@ def calibrate(
     calls: Sequence[Call],
     *,
     two_sided: bool = True,
+    head: Head | None = None,
     device: torch.device | None = None,
     memory: int = _MEMORY,
     seed: int = 0,
@@ -84,6 +86,7 @@ def calibrate(
             recurrent layers that are called with packed sequences.
         calls: arguments of the model, batches of examples. Tokens that an "attention_mask" hides are not counted.
         two_sided: differentiate too.
+        head: what of the output counts; the first tensor in it if None.
         device: where to run; the model is moved there and back.
         memory: bytes of second moments that may be held at a time.
         seed: of z.
@@ -106,7 +109,7 @@ def calibrate(
             for call in calls:
                 watch.mask = mask_of(call, device or home)
                 with torch.set_grad_enabled(two_sided), watch:
-                    output = output_of(running, call)
+                    output = output_of(running, call, head)
                 examples += call.size
                 energy += float((output.detach().double() ** 2).sum())
                 if output.requires_grad:
@@ -158,13 +161,17 @@ def mask_of(call: Call, device: torch.device) -> Tensor | None:
     return mask.to(device).bool() if mask is not None and mask.dim() == 2 else None
 
 
-def output_of(model: nn.Module, call: Call) -> Tensor:
+def output_of(model: nn.Module, call: Call, head: Head | None = None) -> Tensor:
     """The first floating-point tensor that `model` returns, logits or hidden states; zero for tokens that are hidden.
+
+    With a `head`, what that makes of all that `model` returns.
 
     Raises:
         UsageError: it returns none.
     """
     returned = call.run(model)
+    if head is not None:
+        return head(returned, call.kwargs.get("attention_mask"))
     leaves = tree_leaves(dict(returned) if isinstance(returned, Mapping) else returned)
     output = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
     if output is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lrconvert.allocation import FloatArray
 from lrconvert.calibration import Calibration, at_rest, output_of
+from lrconvert.heads import Head
 from lrconvert.inputs import Call
 from lrconvert.layers import Layer
 from lrconvert.response import Response
@@ -27,6 +28,7 @@ def measured_curves(
     layers: Sequence[Layer],
     calibration: Calibration,
     calls: Sequence[Call],
+    head: Head | None = None,
     progress: Callable[[], None] | None = None,
 ) -> dict[str, FloatArray]:
     """By layer name, the mean squared error of the network's output for one example, by the rank of that layer alone.
@@ -36,11 +38,12 @@ def measured_curves(
         layers: those to measure; those without a response are left out.
         calibration: what their approximations are made with.
         calls: a few batches; every layer takes three passes over them.
+        head: what of the output counts, as for `calibrate`.
         progress: called after each layer.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with at_rest(model), torch.no_grad():
-        wanted = [output_of(model, call) for call in calls]
+        wanted = [output_of(model, call, head) for call in calls]
         examples = sum(call.size for call in calls)
         curves, predictions = {}, calibration.curves()
         for layer in layers:
@@ -52,7 +55,7 @@ def measured_curves(
             for rank in ranks:
                 with _approximated(parameters[layer.weight], layer, response, rank):
                     total = sum(
-                        _squared(output_of(model, call), want) for call, want in zip(calls, wanted, strict=True)
+                        _squared(output_of(model, call, head), want) for call, want in zip(calls, wanted, strict=True)
                     )
                 errors.append(total / examples)
             curves[layer.name] = _scaled(predicted, ranks, errors)

@@ -13,7 +13,7 @@ PACKAGE = Path(lrconvert.__file__).parent
 
 # Rooms from the ground up: a room may import its own floor and those below it.
 FLOORS = [
-    {"errors", "noise", "allocation"},
+    {"errors", "noise", "allocation", "heads"},
     {"recipe", "recipes"},
     {"hardware", "inputs", "layers", "modes", "parallel", "patterns", "tensors"},
     {"spectrum", "stable_rank"},

@@ -10,6 +10,7 @@ from lrconvert.analysis import Progress
 from lrconvert.api.common import resolve_device
 from lrconvert.calibration import Calibration
 from lrconvert.errors import UsageError
+from lrconvert.heads import sentence_head
 from lrconvert.loading import model_of
 from lrconvert.network import Source, open_network
 from lrconvert.samples import read_samples
@@ -45,6 +46,8 @@ def calibrate(
 ) -> Calibration:
     """Run a dense network on examples, for `make_plan(…, calibration=…)` and `factorize(…, calibration=…)`.
 
+    What counts of the output is its first tensor, or, for a folder of sentence-transformers, the embedding of a text.
+
     Args:
         source: a checkpoint's path or a live model.
         data: where the examples come from, see `lrconvert.samples.read_samples`; labels are not needed.
@@ -77,9 +80,11 @@ def calibrate(
     )
     network = replace(network, layers=split(network.layers, tuple((splits or {}).items())))
     live, where = model_of(network), resolve_device(device)
+    folder = network.checkpoint.path if network.checkpoint is not None else None
+    head = sentence_head(folder) if folder is not None and folder.is_dir() else None
     advance = progress("calibrating", len(samples.calls)) if progress else None
     found = numbers.calibrate(
-        live, network.layers, samples.calls, two_sided=two_sided, device=where, seed=seed, progress=advance
+        live, network.layers, samples.calls, two_sided=two_sided, head=head, device=where, seed=seed, progress=advance
     )
     if not found.responses:
         raise UsageError(f"calibration on {data} met no weight that can be factorized")
@@ -88,5 +93,5 @@ def calibrate(
         layers = [layer for layer in network.layers if layer.name in found.responses and not layer.dense_reason]
         advance = progress("measuring sensitivity", len(layers)) if progress else None
         calls = samples.calls[:: max(1, len(samples.calls) // _MEASURED_CALLS)][:_MEASURED_CALLS]
-        found = replace(found, measured=measured_curves(live, layers, found, calls, advance))
+        found = replace(found, measured=measured_curves(live, layers, found, calls, head, advance))
     return found

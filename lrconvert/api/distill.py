@@ -11,6 +11,7 @@ from lrconvert.analysis import Progress
 from lrconvert.api.common import resolve_device
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from lrconvert.errors import ModelError, UsageError
+from lrconvert.heads import sentence_head
 from lrconvert.inputs import Call
 from lrconvert.loading import load
 from lrconvert.network import Network, open_network
@@ -18,7 +19,6 @@ from lrconvert.report.record_training import DistillRecord
 from lrconvert.rewrite import Rewrite, moving
 from lrconvert.samples import read_samples
 from lrconvert.tensors import TensorRef
-from lrconvert.training.heads import sentence_head
 from lrconvert.training.imitation import imitate, trainable
 
 _MINUTES = 5.0

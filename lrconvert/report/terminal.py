@@ -96,6 +96,8 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
     to = f" → {record.output}" if record.output else "  (dry run: nothing is written)"
     console.print(f"{record.source}{to}", style="bold")
     console.print(f"rule {record.rule}, layers in {record.order} order")
+    if record.rule == "auto":
+        console.print("auto: scaled stable rank; for linear layers accumulative rank 0.8, if larger", style="dim")
     print_notes(console, record.notes)
     rows = [row for row in record.layers if row.rank is not None or verbose]
     console.print(decision_table(rows, wide))
@@ -126,6 +128,13 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
         console.print(f"MACs: {record.mac_convention}.", style="dim")
     if record.seconds is not None:
         console.print(f"{record.seconds:.1f} s", style="dim")
+    if record.output is not None and not record.output.endswith(".onnx"):
+        console.print(
+            f"Next, to win back what was lost: lrconvert distill {record.output} --teacher {record.source} "
+            "--data EXAMPLES -o OUT, or with labels lrconvert finetune",
+            style="dim",
+            soft_wrap=True,
+        )
 
 
 def _export(record: records.ExportRecord, console: Console, wide: bool, verbose: bool) -> None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lrconvert.errors import LrconvertError, UsageError
+from lrconvert.heads import Head
 from lrconvert.inputs import Call
 from lrconvert.layers import low_rank_modules
 from lrconvert.modes import evaluating
-from lrconvert.training.matching import Head, Watched, blocks_of, check_alike, relative_error
+from lrconvert.training.matching import Watched, blocks_of, check_alike, relative_error
 from lrconvert.training.pace import ByClock, BySteps, Pace, rate
 from lrconvert.training.teacher import Teacher
 

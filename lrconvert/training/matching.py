@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lrconvert.errors import ModelError
+from lrconvert.heads import Head
 from lrconvert.inputs import Call
 from lrconvert.layers import LowRank, low_rank_modules
-
-# From what a network returned and the mask of the call's tokens, if it has one: the tensor that its user reads.
-Head = Callable[[Any, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """What the user of a network reads of its output, where a folder says it: sentence-transformers' pooled embeddings."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrconvert.errors import ModelError
-from lrconvert.training.matching import Head
+
+# From what a network returned and the mask of the call's tokens, if it has one: the tensor that its user reads.
+Head = Callable[[Any, Tensor | None], Tensor]
 
 _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 

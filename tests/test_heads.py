@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_close
 
-from lrconvert.training.heads import sentence_head
+from lrconvert.heads import sentence_head
 
 PARTS = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
 
