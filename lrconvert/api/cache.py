@@ -75,21 +75,6 @@ class Cache:
         return value
 
 
-def stamp(path: Path) -> list[Any]:
-    """What tells a file from what it was before, without reading it: its place, size and time of change.
-
-    Of a folder, those of what lies directly in it count too.
-    """
-    path = path.resolve()
-    if not path.exists():
-        return [str(path)]
-    status = path.stat()
-    if not path.is_dir():
-        return [str(path), status.st_size, status.st_mtime_ns]
-    inside = sorted([each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in path.iterdir())
-    return [str(path), status.st_mtime_ns, _hash(json.dumps(inside).encode())]
-
-
 def _hash(*parts: bytes) -> str:
     digest = hashlib.sha256()
     for part in parts:

@@ -11,9 +11,10 @@ from torch import nn
 
 from lrconvert.allocation import FloatArray
 from lrconvert.analysis import Progress, analyze_layers
-from lrconvert.api.cache import Cache, stamp
+from lrconvert.api.cache import Cache
 from lrconvert.api.calibrate import calibrate
 from lrconvert.api.factorize import data_aware
+from lrconvert.api.identity import data_key, network_key
 from lrconvert.api.validation import Validation, tried
 from lrconvert.bench import Bench, factorized
 from lrconvert.calibration import Calibration
@@ -27,7 +28,6 @@ from lrconvert.plan import Plan
 from lrconvert.response import Response
 from lrconvert.samples import read_samples
 from lrconvert.spectrum import Spectrum
-from lrconvert.training.data import DATASETS
 
 # Names of a response's tensors in a file: "side:part:layer".
 _PARTS = ("metric", "signal", "mean")
@@ -57,30 +57,6 @@ class Examples:
     def key(self) -> dict[str, Any]:
         """What tells these examples from others."""
         return {**asdict(self), **data_key(self.data, self.data_dir)}
-
-
-def data_key(data: str, data_dir: str | Path) -> dict[str, Any]:
-    """What tells the data of a name, file or folder from others, and from what they were before."""
-    if data in DATASETS and data != "folder":
-        return {"data": data, "data_dir": str(Path(data_dir).resolve())}
-    file = data.rpartition(":")[0]
-    place = data_dir if data == "folder" else file if file.endswith(".py") else data
-    return {"data": data, "data_dir": stamp(Path(place))}
-
-
-def network_key(network: Network) -> dict[str, Any]:
-    """What tells the weights and the architecture of `network` from others; a live model has only its name."""
-    checkpoint, architecture = network.checkpoint, network.architecture
-    key: dict[str, Any] = {"network": network.name}
-    if checkpoint is not None:
-        files = sorted(checkpoint.files) or [checkpoint.path]
-        # The notes say which of several state dicts was read.
-        key |= {"files": [stamp(file) for file in files], "prefix": checkpoint.prefix, "notes": checkpoint.notes}
-    if architecture is not None:
-        code = architecture.name.rpartition(":")[0]
-        key |= {"model": architecture.name, "model_args": repr(sorted(architecture.args.items()))}
-        key |= {"code": stamp(Path(code))} if code.endswith(".py") else {}
-    return key
 
 
 class Trials:
