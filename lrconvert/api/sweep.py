@@ -90,7 +90,7 @@ def sweep(
     network, where = open_network(source, model, model_args, input_shape), resolve_device(device)
     if cache is not None and network.checkpoint is None:
         raise UsageError("a cache folder tells networks apart by their files, and a live model has none")
-    runs = calibrate is not None or evaluate is not None
+    runs = calibrate is not None or evaluate is not None or latency
     if runs and network.checkpoint is not None and network.architecture is None:
         raise UsageError(f"{network.name} has to be run: name its --model (graphs cannot be)")
     options = plan_options(

@@ -89,7 +89,10 @@ def measuring(
     """What says how accurate `network` is when a plan has factorized it, or dense, for None; see `Validation`.
 
     Raises:
-        ModelError: nothing says what the network's architecture is.
+        UsageError: the network is a graph.
+        ModelError: nothing says what its architecture is.
     """
+    if network.checkpoint is not None and network.checkpoint.graph is not None:
+        raise UsageError(f"{network.name} is a graph, which cannot be evaluated: factorize the model it came from")
     dense, validation = model_of(network), Validation(name, data_dir, network)
     return lambda plan: validation.accuracy(tried(dense, plan, device, responses))

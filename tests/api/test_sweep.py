@@ -249,9 +249,31 @@ def test_budgets_that_cannot_be_met_are_noted_or_refused(file):
         with pytest.raises(error, match=message):
             lrconvert.sweep(file, **settings)
     torch.save(lrconvert.load(file).state_dict(), "bare.pt")
-    with pytest.raises(UsageError, match="has to be run: name its --model"):
-        lrconvert.sweep("bare.pt", evaluate="digits")
+    for settings in ({"evaluate": "digits"}, {"calibrate": "digits"}, {"latency": True}):
+        with pytest.raises(UsageError, match="has to be run: name its --model"):
+            lrconvert.sweep("bare.pt", **settings)
     assert len(lrconvert.sweep("bare.pt", ratios=(0.6, 0.5)).points) == 2
+
+
+def test_the_whole_budget_is_the_dense_network(file, trained):
+    record = lrconvert.sweep(file, ratios=(1.0, 0.5), calibrate="digits", examples=32, held_out=32, evaluate="digits")
+    whole = record.points[0]
+    assert (whole.num_params, whole.low_rank) == (num_params(trained), 0)
+    assert (whole.error_predicted, whole.error_measured, whole.accuracy) == (0, 0, record.accuracy)
+
+
+def test_a_graph_is_swept_by_its_weights_alone(file):
+    lrconvert.export(file, "digits.onnx", "onnx")
+    graph, model = (lrconvert.sweep(each, ratios=(0.6, 0.4), cache="cache") for each in ("digits.onnx", file))
+    assert [point.ratio for point in graph.points] == [0.6, 0.4]
+    for point, other in zip(graph.points, model.points, strict=True):
+        # The exporter folds norms into their convolutions: other weights, and fewer parameters.
+        assert point.error_predicted == pytest.approx(other.error_predicted, abs=0.1)
+    assert graph.macs is None
+    with pytest.raises(UsageError, match="graphs cannot be"):
+        lrconvert.sweep("digits.onnx", evaluate="digits")
+    with pytest.raises(UsageError, match="a graph, which cannot be evaluated"):
+        lrconvert.make_plan("digits.onnx", min_accuracy=0.5, evaluate="digits")
 
 
 def test_where_no_examples_are_left_errors_are_only_predicted(file):
