@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lrconvert.api.export import export
     from lrconvert.api.factorize import factorize, make_plan, merge
     from lrconvert.api.info import info
+    from lrconvert.api.sweep import sweep
     from lrconvert.api.train import evaluate, finetune, train
     from lrconvert.checkpoints.plan_file import save_plan
     from lrconvert.errors import LrconvertError
@@ -52,6 +53,7 @@ __all__ = [
     "merge",
     "save",
     "save_plan",
+    "sweep",
     "train",
 ]
 
@@ -80,6 +82,7 @@ _HOME = {
     "merge": "api.factorize",
     "save": "loading",
     "save_plan": "checkpoints.plan_file",
+    "sweep": "api.sweep",
     "train": "api.train",
 }
 

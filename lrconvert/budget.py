@@ -34,6 +34,7 @@ KINDS: Mapping[str, BudgetKind] = {
     "mac_ratio": BudgetKind("MACs", "compressed / original, over the whole network", "relative_error"),
     "latency_ratio": BudgetKind("time", "compressed / original, over the whole network", "relative_error"),
     "max_error": BudgetKind("error", "√(total squared error / total squared norm)", "absolute_error"),
+    "min_accuracy": BudgetKind("accuracy", "share of the validation images", "relative_error"),
 }
 
 
@@ -45,7 +46,7 @@ class Budget:
         kind: one of `KINDS`.
         target: for a ratio, compressed / original over the whole network, reached within 1 %; for "max_error", the root
             of the total squared error over the total squared norm of the layers that may be factorized, both as the
-            allocator measures them. Above 0, at most 1.
+            allocator measures them; for "min_accuracy" the least share of right answers. Above 0, at most 1.
         allocator: one of `ALLOCATORS`.
     """
 

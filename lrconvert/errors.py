@@ -19,7 +19,7 @@ Anything else that escapes is a bug and keeps its traceback.
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class LrconvertError(Exception):
@@ -93,11 +93,13 @@ class TargetError(NothingToCompressError):
         closest: the nearest value that can be reached, in the unit of the target; in the message it is rounded up to
             four digits, so that it can be asked for.
         fix: what to do about it.
+        at_most: less than `closest` can be had, not more: it is rounded down.
     """
 
-    def __init__(self, target: str, closest: float, fix: str = "ask for that") -> None:
+    def __init__(self, target: str, closest: float, fix: str = "ask for that", *, at_most: bool = False) -> None:
         self.closest = closest
-        super().__init__(f"{target} cannot be reached: the closest is {_rounded_up(closest):g}; {fix}")
+        shown = _rounded(closest, math.floor if at_most else math.ceil)
+        super().__init__(f"{target} cannot be reached: the closest is {shown:g}; {fix}")
 
 
 class VerificationError(LrconvertError):
@@ -106,9 +108,9 @@ class VerificationError(LrconvertError):
     exit_code = 4
 
 
-def _rounded_up(value: float) -> float:
-    """A positive value to four significant digits, upwards."""
+def _rounded(value: float, towards: Callable[[float], int]) -> float:
+    """A positive value to four significant digits, by `math.ceil` upwards, by `math.floor` downwards."""
     if not value > 0:
         return value
     unit = 10.0 ** (math.floor(math.log10(value)) - 3)
-    return math.ceil(value / unit) * unit
+    return towards(value / unit) * unit

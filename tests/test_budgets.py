@@ -308,7 +308,7 @@ def test_budgets_that_make_no_sense_are_refused(model, settings, message):
 
 
 def test_an_unknown_allocator_lists_the_known_ones(model):
-    with pytest.raises(UnknownNameError, match=r"did you mean 'uniform'.*absolute_error, relative_error, stable_rank"):
+    with pytest.raises(UnknownNameError, match=r"did you mean 'uniform'.*absolute_error, output_error, relative_error"):
         lrconvert.make_plan(model, param_ratio=0.5, allocator="unifrom")
     assert one_budget(param_ratio=None) is None
 

@@ -13,7 +13,9 @@ from lrconvert import hardware
 from lrconvert.allocation import FloatArray
 from lrconvert.analysis import Analysis, Progress, analyze_layers
 from lrconvert.api.common import header_for, resolve_device
+from lrconvert.api.min_accuracy import plan_by_accuracy
 from lrconvert.api.timing import bench_for, plan_by_time
+from lrconvert.api.validation import measuring
 from lrconvert.budget import Budget, one_budget
 from lrconvert.calibration import Calibration
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
@@ -26,9 +28,10 @@ from lrconvert.layers import View
 from lrconvert.network import Network, Source, open_network, refuse_quantized
 from lrconvert.plan import LayerPlan, Plan, check_plan
 from lrconvert.plan_budget import Prices
-from lrconvert.planning import candidates_of, plan_options, refuse_factorized
-from lrconvert.report.decisions import layer_decisions
+from lrconvert.planning import Candidates, candidates_of, plan_options, refuse_factorized
+from lrconvert.report.decisions import layer_decisions, macs_after
 from lrconvert.report.record import FactorizeRecord
+from lrconvert.response import Response
 from lrconvert.speed import Goal
 from lrconvert.surgery import check_fits, factorize_module, merge_module
 from lrconvert.tensors import shapes_of
@@ -46,6 +49,7 @@ def make_plan(
     mac_ratio: float | None = None,
     latency_ratio: float | None = None,
     max_error: float | None = None,
+    min_accuracy: float | None = None,
     allocator: str | None = None,
     keep_first: int | None = None,
     keep_last: bool = True,
@@ -62,6 +66,8 @@ def make_plan(
     batch_size: int = 1,
     channels_last: bool = False,
     calibration: Calibration | None = None,
+    evaluate: str | None = None,
+    data_dir: str | Path = "data",
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -80,6 +86,8 @@ def make_plan(
         latency_ratio: a budget: time of one call, compressed / original, measured; what is predicted is within 1 %.
         max_error: a budget: fewest parameters with at most this √(total ‖W − W_r‖² / total ‖W‖²) over the layers that
             may be factorized.
+        min_accuracy: a budget: fewest parameters, within 1 %, with at least this accuracy, measured after factorizing
+            at some eight ratios of parameters.
         allocator: how a budget is distributed, see `lrconvert.budget.ALLOCATORS`; each budget has a default.
         keep_first, keep_last, include, exclude, floor, rank_multiple: see `lrconvert.plan.PlanOptions`; the multiple
             "auto" is what the device likes, see `lrconvert.hardware`.
@@ -98,6 +106,8 @@ def make_plan(
         calibration: what `calibrate` learned. Layers that it knows are factorized for least error of the output; a
             budget is then distributed by "output_error", and "auto" gives all layers together the parameters that
             Cuttlefish's ranks would take.
+        evaluate, data_dir: for `min_accuracy`, the dataset that it is measured on, and where that lies: its validation
+            images, see `lrconvert.training.data.open_dataset`.
         model, model_args, input_shape, init, device, progress: see `analyze`.
 
     Raises:
@@ -110,7 +120,9 @@ def make_plan(
     network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
     where = resolve_device(device)
     targets = {"param_ratio": param_ratio, "mac_ratio": mac_ratio, "latency_ratio": latency_ratio}
-    targets["max_error"] = max_error
+    targets |= {"max_error": max_error, "min_accuracy": min_accuracy}
+    if (min_accuracy is None) != (evaluate is None):
+        raise UsageError("--min-accuracy and --evaluate DATASET, the labelled images to measure it on, go together")
     if calibration is not None and any(target is not None for target in targets.values()):
         allocator = allocator or "output_error"
     options = plan_options(
@@ -130,6 +142,8 @@ def make_plan(
     )
     budget = options.rule if isinstance(options.rule, Budget) else None
     by_time = goal != "size" or (budget is not None and budget.kind == "latency_ratio")
+    if min_accuracy is not None and goal != "size":
+        raise UsageError("--min-accuracy looks for the fewest parameters: --for size, or another budget")
     bench = bench_for(network, batch_size, where, channels_last) if by_time else None
     candidates = candidates_of(network, options)
     if isinstance(source, Analysis):
@@ -150,11 +164,14 @@ def make_plan(
         candidates = replace(candidates, options=replace(options, rule=budget or options.rule))
     curves = None if calibration is None or budget is None else _curves(budget, calibration)
 
-    def decide(prices: Prices | None = None) -> Plan:
-        return candidates.plan(analysis.spectra, xi, curves, prices)
+    def decide(prices: Prices | None = None, within: Candidates = candidates) -> Plan:
+        plan = within.plan(analysis.spectra, xi, curves, prices)
+        return plan if calibration is None else data_aware(plan, calibration.responses)
 
-    plan = decide() if bench is None else plan_by_time(candidates, decide, goal, bench)
-    return plan if calibration is None else _data_aware(plan, calibration)
+    if budget is not None and evaluate is not None:
+        accuracy = measuring(network, evaluate, data_dir, where, calibration.responses if calibration else {})
+        return plan_by_accuracy(budget, candidates, lambda within: decide(within=within), accuracy)
+    return decide() if bench is None else plan_by_time(candidates, decide, goal, bench)
 
 
 def _curves(budget: Budget, calibration: Calibration) -> Mapping[str, FloatArray] | None:
@@ -164,15 +181,15 @@ def _curves(budget: Budget, calibration: Calibration) -> Mapping[str, FloatArray
     return {"output_error": calibration.curves(), "sensitivity": calibration.measured}.get(budget.allocator)
 
 
-def _data_aware(plan: Plan, calibration: Calibration) -> Plan:
-    """`plan`, with least error of the output where `calibration` knows the layer.
+def data_aware(plan: Plan, responses: Mapping[str, Response]) -> Plan:
+    """`plan`, with least error of the output where calibration left a response of the layer, by its name.
 
     Raises:
-        UsageError: it knows the layer as other matrices.
+        UsageError: it is the response of other matrices.
     """
 
     def aware(layer: LayerPlan) -> LayerPlan:
-        response = calibration.responses.get(layer.name)
+        response = responses.get(layer.name)
         if layer.rank is None or response is None or layer.view != "channel":
             return layer
         if len(response.signal) != layer.groups:
@@ -256,7 +273,7 @@ def factorize(
             refuse_quantized(network, [layer.name for layer in plan.low_rank])
         if network.module is not None:
             check_fits(network.module, plan)
-        plan = plan if calibration is None else _data_aware(plan, calibration)
+        plan = plan if calibration is None else data_aware(plan, calibration.responses)
         plan = _with_errors(plan, network, where, progress)
     responses = calibration.responses if calibration else None
     if not plan.low_rank:
@@ -360,10 +377,6 @@ def _record(
     calibration: Calibration | None = None,
 ) -> FactorizeRecord:
     rows = layer_decisions(plan, network.trace)
-    macs = network.trace.macs if network.trace else None
-    after = None
-    if macs is not None and all(row.macs_before is None or row.macs_after is not None for row in rows):
-        after = macs - sum((row.macs_before or 0) - (row.macs_after or 0) for row in rows)
     return FactorizeRecord(
         source=network.name,
         output=str(output) if output else None,
@@ -377,8 +390,8 @@ def _record(
         latency_note=plan.latency.measured_on if plan.latency else None,
         num_params_before=network.num_params,
         num_params_after=network.num_params - plan.saved_params,
-        macs_before=macs,
-        macs_after=after,
+        macs_before=network.trace.macs if network.trace else None,
+        macs_after=macs_after(plan, network.trace),
         nbytes_before=network.checkpoint.nbytes if network.checkpoint else None,
         nbytes_after=open_checkpoint(output).nbytes if output else None,
         seconds=seconds if output else None,

@@ -48,6 +48,16 @@ def factorize(
         float | None,
         typer.Option("--max-error", help="Largest ‖W − VU‖/‖W‖ of all factorizable layers together."),
     ] = None,
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option("--min-accuracy", help="Least accuracy on --evaluate DATASET, by the fewest parameters."),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--evaluate", help="Labelled images whose held-out part --min-accuracy is measured on.", metavar="DATASET"
+        ),
+    ] = None,
     allocator: Annotated[
         str | None,
         typer.Option(
@@ -124,7 +134,7 @@ def factorize(
         int | None, typer.Option("--examples", help="Of --calibrate; 256 unless said otherwise.")
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Where the dataset that --calibrate names lies.")
+        Path | None, typer.Option("--data-dir", help="Where the dataset of --calibrate or --evaluate lies.")
     ] = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -168,11 +178,16 @@ def factorize(
         "mac_ratio": mac_ratio,
         "latency_ratio": latency_ratio,
         "max_error": max_error,
+        "min_accuracy": min_accuracy,
     }
     budget = {name: value for name, value in budgets.items() if value is not None}
     wanted = _rule(auto, {"rank_ratio": rank_ratio, "rank": rank, "energy": energy}, rule, budget, plan)
-    if calibrate is None and (examples is not None or data_dir is not None):
-        raise UsageError("--examples and --data-dir say more about --calibrate DATA, which is missing")
+    if calibrate is None and examples is not None:
+        raise UsageError("--examples says more about --calibrate DATA, which is missing")
+    if calibrate is None and evaluate is None and data_dir is not None:
+        raise UsageError("--data-dir says more about --calibrate DATA or --evaluate DATASET, which are missing")
+    if (min_accuracy is None) != (evaluate is None):
+        raise UsageError("--min-accuracy and --evaluate DATASET, the labelled images to measure it on, go together")
     if output is None and not dry_run:
         raise UsageError("say where to write with -o FILE.safetensors, or look first with --dry-run")
     if plan is not None and chosen:
@@ -221,6 +236,8 @@ def factorize(
                 wanted,
                 **{**budget, **chosen},  # type: ignore[arg-type]
                 calibration=calibration,
+                evaluate=evaluate,
+                data_dir=data_dir or "data",
                 device=device,
                 progress=progress,
             )
@@ -268,7 +285,7 @@ def _rule(
     if not rules and not budgets:
         raise UsageError(
             "say how to choose the ranks: --auto, --rank-ratio, --rank, --energy, --rule, a budget (--param-ratio, "
-            "--mac-ratio, --latency-ratio, --max-error) or --plan"
+            "--mac-ratio, --latency-ratio, --max-error, --min-accuracy) or --plan"
         )
     if len(rules) + len(budgets) > 1:
         raise UsageError(f"one rank rule at a time, or one budget: {' and '.join([*rules, *budgets])} were given")

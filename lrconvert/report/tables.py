@@ -49,6 +49,8 @@ def target_text(target: Target) -> str:
     """What a budget asked for and what the plan reaches: "parameters 0.600 of dense, asked 0.6"."""
     if target.kind == "max_error":
         return f"error {target.reached:.4f}, asked at most {target.asked:g}"
+    if target.kind == "min_accuracy":
+        return f"accuracy {target.reached:.4f} on the validation images (measured), asked at least {target.asked:g}"
     return f"{KINDS[target.kind].unit} {target.reached:.3f} of dense, asked {target.asked:g}"
 
 

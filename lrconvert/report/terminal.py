@@ -8,6 +8,7 @@ from rich.console import Console
 
 from lrconvert.report import record as records
 from lrconvert.report import record_training as training_records
+from lrconvert.report.record_sweep import SweepRecord
 from lrconvert.report.tables import (
     before_and_after,
     count,
@@ -18,6 +19,7 @@ from lrconvert.report.tables import (
     shape_text,
     target_text,
 )
+from lrconvert.report.terminal_sweep import render_sweep
 from lrconvert.report.terminal_training import render_distill, render_evaluate, render_train
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -235,6 +237,7 @@ _RENDERERS: dict[type[records.Record], Callable[[Any, Console, bool, bool], None
     records.CompareRecord: _compare,
     records.InfoRecord: _info,
     records.DemoRecord: _demo,
+    SweepRecord: render_sweep,
     training_records.TrainRecord: render_train,
     training_records.EvaluateRecord: render_evaluate,
     training_records.DistillRecord: render_distill,
