@@ -19,6 +19,8 @@ from lrconvert.views import split
 
 # Batches that sensitivity is measured on: three passes over them for every layer.
 _MEASURED_CALLS = 2
+# A single vector for all tokens of a text: one projection of it is too noisy (benchmarks/sentence_embeddings.py).
+_OF_EMBEDDINGS = 4
 
 
 def calibrate(
@@ -31,7 +33,7 @@ def calibrate(
     seed: int = 0,
     splits: Mapping[str, int] | None = None,
     two_sided: bool = True,
-    projections: int = 1,
+    projections: int | None = None,
     measure: bool = False,
     data_dir: str | Path = "data",
     download: bool = True,
@@ -55,7 +57,8 @@ def calibrate(
         count, batch_size, skip, seed, data_dir, download, img_size, mean, std, max_tokens: likewise.
         splits: of layers that will be factorized in parts, see `make_plan`.
         two_sided: differentiate too, so that errors of all layers are in one unit; one backward pass a batch.
-        projections: backward passes a batch; more of them, less noise in what is known of the gradients.
+        projections: backward passes a batch; more of them, less noise in what is known of the gradients. None for one,
+            and for four where the output is one embedding a text.
         measure: also measure what low ranks of each layer alone do to the output, for the allocator "sensitivity".
         model, model_args, input_shape, device, progress: see `analyze`.
 
@@ -90,7 +93,7 @@ def calibrate(
         network.layers,
         samples.calls,
         two_sided=two_sided,
-        projections=projections,
+        projections=projections or (_OF_EMBEDDINGS if head else 1),
         head=head,
         device=where,
         seed=seed,

@@ -133,7 +133,6 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
             f"Next, to win back what was lost: lrconvert distill {record.output} --teacher {record.source} "
             "--data EXAMPLES -o OUT, or with labels lrconvert finetune",
             style="dim",
-            soft_wrap=True,
         )
 
 
