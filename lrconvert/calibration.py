@@ -104,9 +104,11 @@ def calibrate(
     responses: dict[str, Response] = {}
     examples, energy = 0, 0.0
     with at_rest(model.to(device or home)), explicit(model) as running:
-        for part in _parts([layer for layer in layers if can_respond(layer)], memory):
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        # Of a file with older keys than the model's some layers have no parameter of their name.
+        watched = [layer for layer in layers if can_respond(layer) and layer.weight in parameters]
+        for part in _parts(watched, memory):
             examples, energy, generator = 0, 0.0, torch.Generator().manual_seed(seed)
-            parameters = dict(model.named_parameters(remove_duplicate=False))
             watch = _Watch({id(parameters[layer.weight]): _Moments(layer, two_sided, projections) for layer in part})
             for call in calls:
                 watch.mask = mask_of(call, device or home)

@@ -129,11 +129,14 @@ def test_a_recurrent_layer_meets_its_inputs_and_its_own_states(kind):
             assert_close(response.mean[group], mean, 1e-10)
 
 
-def test_two_sided_errors_are_those_of_the_networks_output():
+@pytest.mark.parametrize("projections", [1, 3])
+def test_two_sided_errors_are_those_of_the_networks_output(projections):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 30), nn.Linear(30, 10)).double()
     x = torch.randn(6000, 20).double() @ torch.randn(20, 20).double() / 4
-    found = calibrate(model, layers_of_module(model), [Call((part,), {}, 1000) for part in x.split(1000)])
+    found = calibrate(
+        model, layers_of_module(model), [Call((part,), {}, 1000) for part in x.split(1000)], projections=projections
+    )
     want = model(x).detach()
     assert found.output_energy == pytest.approx(float((want**2).sum(1).mean()), rel=1e-9)
     for name, response in found.responses.items():
