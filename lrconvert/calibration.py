@@ -21,12 +21,15 @@ from lrconvert.allocation import FloatArray
 from lrconvert.errors import UsageError
 from lrconvert.heads import Head
 from lrconvert.inputs import Call
-from lrconvert.layers import Layer
+from lrconvert.layers import COMPOSITE_KINDS, Layer
 from lrconvert.layers.explicit import explicit
 from lrconvert.modes import evaluating
 from lrconvert.products import Product, product_of
 from lrconvert.response import Response
 
+# Positions that a weight's moments are taken from, as a multiple of their size, and at least: thousands of pixels an image say little
+# more, and cost more than the network itself.
+_POSITIONS, _FEWEST = 32, 4096
 # Bytes of second moments that are collected in one go; where all layers need more, the calls are repeated.
 _MEMORY = 4 << 30
 
@@ -90,7 +93,7 @@ def calibrate(
         projections: draws of z for each call, each with a backward pass of its own.
         head: what of the output counts; the first tensor in it if None.
         device: where to run; the model is moved there and back.
-        memory: bytes of second moments that may be held at a time.
+        memory: bytes of sums that may be open at a time; what they become, two matrices a layer, is kept beside them.
         seed: of z.
         progress: called after each call.
 
@@ -101,28 +104,31 @@ def calibrate(
     if not calls:
         raise UsageError("calibration needs examples, and there are none")
     home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # Of a file with older keys than the model's some layers have no parameter of their name.
+    watched = [layer for layer in layers if can_respond(layer) and layer.weight in parameters]
+    examples = sum(call.size for call in calls)
     responses: dict[str, Response] = {}
-    examples, energy = 0, 0.0
-    with at_rest(model.to(device or home)), explicit(model) as running:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        # Of a file with older keys than the model's some layers have no parameter of their name.
-        watched = [layer for layer in layers if can_respond(layer) and layer.weight in parameters]
-        for part in _parts(watched, memory):
-            examples, energy, generator = 0, 0.0, torch.Generator().manual_seed(seed)
-            watch = _Watch({id(parameters[layer.weight]): _Moments(layer, two_sided, projections) for layer in part})
-            for call in calls:
-                watch.mask = mask_of(call, device or home)
-                with torch.set_grad_enabled(two_sided), watch:
-                    output = output_of(running, call, head)
-                examples += call.size
-                energy += float((output.detach().double() ** 2).sum())
-                for left in reversed(range(projections if output.requires_grad else 0)):
-                    z = torch.randn(output.shape, generator=generator).to(output)
-                    torch.autograd.backward(output, z / projections**0.5, retain_graph=left > 0)
-                if progress:
-                    progress()
-            responses |= watch.responses(examples)
-    model.to(home)
+    energy = 0.0
+    try:
+        with at_rest(model.to(device or home)), explicit(model) as running:
+            for part in _parts(watched, memory):
+                energy, generator = 0.0, torch.Generator().manual_seed(seed)
+                moments = [_Moments(layer, two_sided, projections, len(calls)) for layer in part]
+                watch = _Watch({id(parameters[each.layer.weight]): each for each in moments})
+                for call in calls:
+                    watch.mask = mask_of(call, device or home)
+                    with torch.set_grad_enabled(two_sided), watch:
+                        output = output_of(running, call, head)
+                    energy += float((output.detach().double() ** 2).sum())
+                    for left in reversed(range(projections if output.requires_grad else 0)):
+                        z = torch.randn(output.shape, generator=generator).to(output)
+                        torch.autograd.backward(output, z / projections**0.5, retain_graph=left > 0)
+                    if progress:
+                        progress()
+                responses |= watch.responses(examples)
+    finally:
+        model.to(home)
     return Calibration(responses, examples, two_sided, energy / examples, time.perf_counter() - started)
 
 
@@ -190,66 +196,91 @@ def output_of(model: nn.Module, call: Call, head: Head | None = None) -> Tensor:
 class _Moments:
     """The sums that become one layer's response."""
 
-    def __init__(self, layer: Layer, two_sided: bool, projections: int) -> None:
+    def __init__(self, layer: Layer, two_sided: bool, projections: int, calls: int) -> None:
         rows, columns = layer.matrix_shape
         self.layer, self.two_sided, self.projections = layer, two_sided, projections
         self.rows_side = rows <= columns
+        self.enough = -(-max(_POSITIONS * layer.full_rank, _FEWEST) // calls)
         size = (layer.groups, layer.full_rank, layer.full_rank)
         self.forward_sum, self.backward_sum = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
         self.mean = torch.zeros(size[:2], dtype=torch.float64)
-        self.positions = torch.zeros(layer.groups, dtype=torch.float64)
-        self.reached = False
+        self.positions, self.kept = (torch.zeros(layer.groups, dtype=torch.float64) for _ in range(2))
+        self.reached = self.unreadable = self.biased = False
 
-    def forward(self, product: Product, output: Tensor, groups: slice, keep: Tensor | None) -> Tensor:
-        """Count what a product saw, and return it: (groups, n, s) outputs of the weight, or inputs."""
+    def forward(self, product: Product, output: Tensor, groups: slice, n: int, keep: Tensor | None) -> Tensor:
+        """Count what a product saw, and return it: (groups, n, s) outputs of the weight, or inputs.
+
+        Args:
+            product: with the weight, or a part of it.
+            output: what it computed.
+            groups: the matrices that it holds.
+            n: positions that count.
+            keep: those to look at; all if None.
+        """
         count = len(range(*groups.indices(self.layer.groups)))
-        seen = product.outputs(output.detach(), count) if self.rows_side else product.inputs(count).detach()
-        if self.rows_side and product.bias is not None:
-            seen = seen - product.bias.detach().reshape(count, 1, -1)
-        elif self.two_sided:
-            seen = seen.clone()  # it may be overwritten before the gradient arrives
-        seen = seen if keep is None else seen[:, keep]
-        self.mean[groups] += seen.sum(dim=1, dtype=torch.float64).cpu()
-        self.positions[groups] += seen.shape[1]
+        if self.rows_side:
+            seen = product.outputs(output.detach(), count, keep)
+            seen = seen if product.bias is None else seen - product.bias.detach().reshape(count, 1, -1)
+        else:
+            seen = product.inputs(count).detach()
+            seen = seen if keep is None else seen[:, keep]
+        self.biased |= product.bias is not None and self.layer.kind not in COMPOSITE_KINDS
+        self.positions[groups] += n
+        self.kept[groups] += seen.shape[1]
         if not self.two_sided:
-            self.forward_sum[groups] += _gram(seen)
-        return seen
+            self._add(seen, torch.ones(len(seen), seen.shape[1], 1, device=seen.device), groups)
+            return seen
+        return seen.clone()  # it may be overwritten before the gradient arrives
 
     def backward(self, product: Product, seen: Tensor, groups: slice, keep: Tensor | None, gradient: Tensor) -> None:
         """Add what a product saw, now that the gradient of its outputs is known."""
         self.reached = True
-        arrived = product.outputs(gradient, len(seen))
-        arrived = arrived if keep is None else arrived[:, keep]
+        arrived = _wide(product.outputs(gradient, len(seen), keep))
         # Half of C is weighted by what each position means for the output: E[x xᵀ]·E[g gᵀ] says nothing of positions
         # that are large in both. On a sentence encoder neither half alone keeps as much (benchmarks/README.md).
         weights = (arrived**2).sum(dim=2, keepdim=True)
         mean = weights.mean(dim=1, keepdim=True)
         weights = torch.where(mean > 0, (1 + weights / mean) / 2, 1.0) / self.projections
-        self.forward_sum[groups] += _gram(seen * weights.sqrt().to(seen.dtype))
+        self._add(seen, weights, groups)
         if not self.rows_side:
             arrived = arrived @ self.layer.layout.matrices(product.weight.detach(), len(seen)).to(arrived.dtype)
         self.backward_sum[groups] += _gram(arrived)
 
+    def _add(self, seen: Tensor, weights: Tensor, groups: slice) -> None:
+        """Add (groups, n, s), each position by its weight (groups, n, 1)."""
+        seen, weights = _wide(seen), weights.to(_wide(seen))
+        self.mean[groups] += (seen * weights).sum(dim=1, dtype=torch.float64).cpu()
+        self.forward_sum[groups] += _gram(seen * weights.sqrt())
+
     def response(self, weight: Tensor, examples: int) -> Response | None:
         """The response, if anything was seen; `weight` is the layer's."""
-        if not bool((self.positions > 0).all()) or (self.two_sided and not self.reached):
+        if self.unreadable or not bool((self.positions > 0).all()) or (self.two_sided and not self.reached):
             return None
-        name, positions = self.layer.name, self.positions[:, None, None]
-        mean = self.mean / self.positions[:, None]
+        name, kept = self.layer.name, self.kept[:, None, None]
+        # Of the second moment that errors are measured in, the sum over all positions of an example.
+        an_example = self.positions[:, None, None] / kept / examples
+        mean = self.mean / self.kept[:, None]
+        if self.biased:  # the bias makes up for the mean: only what varies is left to the weight
+            self.forward_sum -= kept * mean[:, :, None] * mean[:, None, :]
         if self.rows_side:
             if not self.two_sided:
-                return Response(name, "rows", None, self.forward_sum / positions, mean)
-            return Response(name, "rows", self.backward_sum / positions, self.forward_sum / examples, mean)
+                return Response(name, "rows", None, self.forward_sum / kept, mean)
+            return Response(name, "rows", self.backward_sum / kept, self.forward_sum * an_example, mean)
         if self.two_sided:
-            return Response(name, "columns", self.forward_sum / positions, self.backward_sum / examples, mean)
+            return Response(name, "columns", self.forward_sum / kept, self.backward_sum * an_example, mean)
         matrices = self.layer.layout.matrices(weight.detach().double().cpu(), self.layer.groups)
-        return Response(name, "columns", self.forward_sum / positions, matrices.mT @ matrices, mean)
+        return Response(name, "columns", self.forward_sum / kept, matrices.mT @ matrices, mean)
 
 
 def _gram(rows: Tensor) -> Tensor:
     """Σ x xᵀ (groups, s, s) of (groups, n, s): products of one call in float32, summed over calls in float64."""
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    return (rows.mT @ rows).double().cpu()
+    with torch.autocast(rows.device.type, enabled=False):
+        return (rows.mT @ rows).double().cpu()
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """`rows` in float32, or float64 if they were: the square of a gradient may be beyond half precision."""
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 class _Watch(TorchFunctionMode):
@@ -259,6 +290,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.moments = moments
         self.mask: Tensor | None = None
+        self.generator = torch.Generator().manual_seed(0)
         self.weights: dict[str, Tensor] = {}
 
     def __torch_function__(
@@ -274,16 +306,31 @@ class _Watch(TorchFunctionMode):
         if moments is None or owner is None:
             return output
         self.weights[moments.layer.name] = owner
+        if not _is_part(product.weight, owner, moments.layer):
+            moments.unreadable = True
+            return output
         groups = _groups(product.weight, owner, moments.layer)
-        leading = output.shape[: self.mask.dim()] if self.mask is not None else ()
-        keep = self.mask.flatten() if self.mask is not None and leading == self.mask.shape else None
-        seen = moments.forward(product, output, groups, keep)
+        n, keep = self._positions(product, output, moments)
+        seen = moments.forward(product, output, groups, n, keep)
         if moments.two_sided:
             ends_here = not output.requires_grad  # the first products
-            hook = partial(moments.backward, product, seen, groups, keep)
-            output.requires_grad_().register_hook(hook)
+            output.requires_grad_().register_hook(partial(moments.backward, product, seen, groups, keep))
             output = output.clone() if ends_here else output  # what follows may work in place
         return output
+
+    def _positions(self, product: Product, output: Tensor, moments: "_Moments") -> tuple[int, Tensor | None]:
+        """How many positions of a product count, and the numbers of those to look at; None for all there are."""
+        n = output.numel() // output.shape[product.channels]
+        shown = None
+        mask = self.mask
+        # (batch, length, …), or (batch · length, out) as transformers' Conv1D computes.
+        if mask is not None and (output.shape[:2] == mask.shape if output.dim() > 2 else len(output) == mask.numel()):
+            shown = mask.flatten().nonzero().flatten()
+            n = len(shown)
+        if n <= moments.enough:
+            return n, shown
+        chosen = torch.randint(n, (moments.enough,), generator=self.generator).to(output.device)
+        return n, chosen if shown is None else shown[chosen]
 
     def responses(self, examples: int) -> dict[str, Response]:
         """What was seen, by layer name."""
@@ -294,6 +341,12 @@ class _Watch(TorchFunctionMode):
             if response is not None:
                 found[name] = response
         return found
+
+
+def _is_part(weight: Tensor, owner: Tensor, layer: Layer) -> bool:
+    """Whether `weight` is `owner`, or a third of packed projections; and not its transpose, or some of its rows."""
+    third = layer.kind == "attention" and len(weight) * 3 == len(owner) and weight.stride() == owner.stride()
+    return weight is owner or (third and weight.shape[1:] == owner.shape[1:])
 
 
 def _groups(weight: Tensor, owner: Tensor, layer: Layer) -> slice:

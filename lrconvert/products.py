@@ -29,9 +29,13 @@ class Product:
     channels: int
     inputs: Callable[[int], Tensor]
 
-    def outputs(self, like: Tensor, groups: int) -> Tensor:
-        """(groups, n, rows) of a tensor that has the shape of the outputs."""
-        return like.movedim(self.channels, -1).reshape(-1, groups, like.shape[self.channels] // groups).transpose(0, 1)
+    def outputs(self, like: Tensor, groups: int, keep: Tensor | None = None) -> Tensor:
+        """(groups, n, rows) of a tensor that has the shape of the outputs; with `keep`, of these positions only."""
+        moved = like.movedim(self.channels, -1)
+        # Chosen before they are copied: of a large image most positions may not be wanted.
+        at = ... if keep is None else torch.unravel_index(keep, moved.shape[:-1])
+        rows = moved[at].reshape(-1, moved.shape[-1])
+        return rows.unflatten(1, (groups, -1)).transpose(0, 1)
 
 
 def product_of(function: object, args: Sequence[Any], kwargs: dict[str, Any]) -> Product | None:

@@ -111,8 +111,8 @@ class Response:
         for moment in (self.signal, self.metric):
             if moment is not None and not bool(torch.isfinite(moment).all()):
                 raise WeightError(
-                    f"{self.name}: calibration met values that are NaN or infinite; leave it out with "
-                    f"--exclude '{self.name}'"
+                    f"{self.name}: calibration met values that are NaN or infinite; look for them in the examples, or "
+                    f"leave the layer out with --exclude '{self.name}'"
                 )
         if self.metric is None:
             identity = torch.eye(self.signal.shape[1], dtype=torch.float64).expand_as(self.signal)

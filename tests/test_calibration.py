@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lrconvert import calibration
 from lrconvert.calibration import calibrate, can_respond
 from lrconvert.errors import PlanError, UsageError
 from lrconvert.inputs import Call
@@ -40,16 +41,16 @@ class Calls(nn.Module):
         return self()
 
 
-def aware(model, calibration, rank):
+def aware(model, found, rank):
     """A plan that factorizes every layer with a response, at `rank` of its full rank."""
-    layers = [layer for layer in layers_of_module(model) if layer.name in calibration.responses]
+    layers = [layer for layer in layers_of_module(model) if layer.name in found.responses]
     decisions = [LayerPlan.of(layer, rank(layer)).model_copy(update={"data_aware": True}) for layer in layers]
     return Plan(layers=tuple(decisions))
 
 
-def data_aware_copy(model, calibration, rank):
-    plan = aware(model, calibration, rank)
-    return factorize_module(copy.deepcopy(model), plan, responses=calibration.responses)
+def data_aware_copy(model, found, rank):
+    plan = aware(model, found, rank)
+    return factorize_module(copy.deepcopy(model), plan, responses=found.responses)
 
 
 @settings(max_examples=40, deadline=None)
@@ -134,9 +135,8 @@ def test_two_sided_errors_are_those_of_the_networks_output(projections):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 30), nn.Linear(30, 10)).double()
     x = torch.randn(6000, 20).double() @ torch.randn(20, 20).double() / 4
-    found = calibrate(
-        model, layers_of_module(model), [Call((part,), {}, 1000) for part in x.split(1000)], projections=projections
-    )
+    calls = [Call((part,), {}, 1000) for part in x.split(1000)]
+    found = calibrate(model, layers_of_module(model), calls, projections=projections)
     want = model(x).detach()
     assert found.output_energy == pytest.approx(float((want**2).sum(1).mean()), rel=1e-9)
     for name, response in found.responses.items():
@@ -232,3 +232,58 @@ def test_without_examples_or_responses_nothing_is_made_up():
 def test_what_has_no_response():
     model = nn.ModuleDict({"table": nn.Embedding(5, 4), "up": nn.ConvTranspose2d(4, 3, 2), "fc": nn.Linear(3, 3)})
     assert [layer.name for layer in layers_of_module(model) if can_respond(layer)] == ["fc"]
+
+
+def test_only_what_varies_counts_where_a_bias_makes_up_for_the_mean():
+    torch.manual_seed(0)
+    x = torch.randn(500, 12).double() + 3
+    weight = torch.randn(8, 12).double()
+    for bias in (True, False):
+        model = nn.Sequential(nn.Linear(12, 8, bias=bias)).double()
+        model[0].weight.data = weight
+        response = calibrate(model, layers_of_module(model), [Call((x,), {}, 500)], two_sided=False).responses["0"]
+        centred = x - x.mean(0) if bias else x
+        assert_close(response.signal[0], weight @ (centred.T @ centred / 500) @ weight.T, 1e-9)
+
+
+def test_a_weight_that_is_also_used_transposed_has_no_response():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return nn.functional.linear(self.encode(x), self.encode.weight.t())
+
+    model = Tied()
+    calls = [Call((torch.randn(9, 6),), {}, 9)]
+    assert calibrate(model, layers_of_module(model), calls).responses == {}
+
+
+def test_a_module_that_changes_what_its_class_computes_is_left_alone():
+    class Loud(nn.LSTM):
+        def forward(self, x):
+            return super().forward(x)[0] * 100
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Loud(5, 6), nn.Linear(6, 4)).double()
+    x = torch.randn(7, 3, 5).double()
+    found = calibrate(model, layers_of_module(model)[-1:], [Call((x,), {}, 3)], two_sided=False)
+    seen = model[0](x).detach().flatten(0, 1)
+    centred = seen - seen.mean(0)
+    weight = model[1].weight.detach()
+    assert_close(found.responses["1"].signal[0], weight @ (centred.T @ centred / len(seen)) @ weight.T, 1e-9)
+
+
+@pytest.mark.parametrize("channels", [(4, 12), (12, 4)])
+def test_some_of_many_positions_stand_for_all(channels, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, channels[0], 3), nn.ReLU(), nn.Conv2d(*channels, 1))
+    calls = [Call((torch.randn(8, 2, 60, 60),), {}, 8)]
+    some = calibrate(model, layers_of_module(model), calls).responses
+    monkeypatch.setattr(calibration, "_POSITIONS", 10**9)
+    everything = calibrate(model, layers_of_module(model), calls).responses
+    for name, response in some.items():
+        assert not torch.equal(response.signal, everything[name].signal), "all positions were looked at"
+        energies = [float(each.spectrum.energy) for each in (response, everything[name])]
+        assert energies[0] == pytest.approx(energies[1], rel=0.3)

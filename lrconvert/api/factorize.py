@@ -1,7 +1,7 @@
 """`make_plan`, `factorize` and `merge`: deciding on ranks, and doing it to a file or to a live model."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
@@ -24,7 +24,7 @@ from lrconvert.errors import NothingToCompressError, UnknownNameError, UsageErro
 from lrconvert.factorization import factorizing
 from lrconvert.hf.mark import mark
 from lrconvert.inputs import shape_of
-from lrconvert.layers import View
+from lrconvert.layers import Layer, View
 from lrconvert.network import Network, Source, open_network, refuse_quantized
 from lrconvert.plan import LayerPlan, Plan, check_plan
 from lrconvert.plan_budget import Prices
@@ -158,11 +158,13 @@ def make_plan(
         analysis = analyze_layers(candidates.network, candidates.layers, initial, where, progress)
     xi = {layer.name: analysis.xi(layer) for layer in candidates.layers}
     if calibration is not None and budget is None and rule == "auto":
-        together = candidates.plan(analysis.spectra, xi)
-        ratio = 1 - together.saved_params / network.num_params
-        budget = Budget("param_ratio", ratio, "output_error") if together.low_rank else None
+        # What calibration does not know cannot be weighed against the rest: it stays dense.
+        known = {layer.name for layer in candidates.layers if matches_response(layer, calibration.responses)}
+        together = [layer for layer in candidates.plan(analysis.spectra, xi).low_rank if layer.name in known]
+        saved = sum(layer.layer.num_params - layer.num_params_after for layer in together)
+        budget = Budget("param_ratio", 1 - saved / network.num_params, "output_error") if together else None
         candidates = replace(candidates, options=replace(options, rule=budget or options.rule))
-    curves = None if calibration is None or budget is None else _curves(budget, calibration)
+    curves = None if calibration is None or budget is None else _curves(budget, calibration, candidates.layers)
 
     def decide(prices: Prices | None = None, within: Candidates = candidates) -> Plan:
         plan = within.plan(analysis.spectra, xi, curves, prices)
@@ -174,11 +176,31 @@ def make_plan(
     return decide() if bench is None else plan_by_time(candidates, decide, goal, bench)
 
 
-def _curves(budget: Budget, calibration: Calibration) -> Mapping[str, FloatArray] | None:
-    """What layers err at every rank, where the allocator of `budget` takes it from `calibration`."""
+def _curves(budget: Budget, calibration: Calibration, layers: Iterable[Layer]) -> Mapping[str, FloatArray] | None:
+    """What `layers` err at every rank, where the allocator of `budget` takes it from `calibration`."""
     if budget.allocator == "sensitivity" and not calibration.measured:
         raise UsageError("--allocator sensitivity needs measurements: calibrate(…, measure=True)")
-    return {"output_error": calibration.curves(), "sensitivity": calibration.measured}.get(budget.allocator)
+    if budget.allocator not in ("output_error", "sensitivity"):
+        return None
+    curves = calibration.curves() if budget.allocator == "output_error" else calibration.measured
+    known = [layer.name for layer in layers if matches_response(layer, calibration.responses)]
+    return {name: curves[name] for name in known if name in curves}
+
+
+def matches_response(layer: Layer, responses: Mapping[str, Response]) -> bool:
+    """Whether there is a response of `layer`, seen as the matrices that calibration saw.
+
+    Raises:
+        UsageError: there is one, of other matrices.
+    """
+    response = responses.get(layer.name)
+    if response is None or layer.view != "channel":
+        return False
+    if len(response.signal) != layer.groups:
+        raise UsageError(f"{layer.name}: calibrated in {len(response.signal)} part(s), planned in {layer.groups}")
+    if response.signal.shape[1] != layer.full_rank:
+        raise UsageError(f"{layer.name}: the calibration is that of another network")
+    return True
 
 
 def data_aware(plan: Plan, responses: Mapping[str, Response]) -> Plan:
@@ -189,12 +211,10 @@ def data_aware(plan: Plan, responses: Mapping[str, Response]) -> Plan:
     """
 
     def aware(layer: LayerPlan) -> LayerPlan:
-        response = responses.get(layer.name)
-        if layer.rank is None or response is None or layer.view != "channel":
+        if layer.rank is None or not matches_response(layer.layer, responses):
             return layer
-        if len(response.signal) != layer.groups:
-            raise UsageError(f"{layer.name}: calibrated in {len(response.signal)} parts, planned in {layer.groups}")
-        return layer.model_copy(update={"data_aware": True, "error": response.spectrum.error(layer.rank)})
+        error = responses[layer.name].spectrum.error(layer.rank)
+        return layer.model_copy(update={"data_aware": True, "error": error})
 
     return plan.model_copy(update={"layers": tuple(map(aware, plan.layers))})
 
@@ -254,6 +274,8 @@ def factorize(
     network = open_network(source, model, model_args, input_shape)
     graph = network.checkpoint.graph if network.checkpoint else None
     refuse_factorized(network)
+    if graph is not None and calibration is not None:
+        raise UsageError(f"{network.name} is a graph, which is not factorized by examples: factorize its model")
     if isinstance(source, nn.Module):
         if output is not None or dry_run:
             raise UsageError("a live model is factorized in place: no output, no dry run; lrconvert.save writes it")

@@ -216,31 +216,29 @@ def factorize(
     if save_plan is not None:
         check_writable(save_plan, overwrite)
     with sink.progress() as progress:
-        calibration = None
+        calibration, ready = None, load_plan(plan) if plan is not None else None
         if calibrate is not None:
             calibration = lrconvert.calibrate(
                 network,
                 calibrate,
                 count=examples or 256,
                 data_dir=data_dir or "data",
-                splits=options.parse_numbers("--split", split),
+                splits={layer.name: layer.groups for layer in ready.low_rank}
+                if ready
+                else options.parse_numbers("--split", split),
                 measure=allocator == "sensitivity",
                 device=device,
                 progress=progress,
             )
-        ready = (
-            load_plan(plan)
-            if plan is not None
-            else lrconvert.make_plan(
-                network,
-                wanted,
-                **{**budget, **chosen},  # type: ignore[arg-type]
-                calibration=calibration,
-                evaluate=evaluate,
-                data_dir=data_dir or "data",
-                device=device,
-                progress=progress,
-            )
+        ready = ready or lrconvert.make_plan(
+            network,
+            wanted,
+            **{**budget, **chosen},  # type: ignore[arg-type]
+            calibration=calibration,
+            evaluate=evaluate,
+            data_dir=data_dir or "data",
+            device=device,
+            progress=progress,
         )
         if save_plan is not None:
             lrconvert.save_plan(ready, save_plan, overwrite=overwrite)

@@ -18,14 +18,16 @@ class _Stepwise(LowRankRecurrent):
 
 @contextmanager
 def explicit(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` with every nn.MultiheadAttention, nn.LSTM, nn.GRU and nn.RNN computing each of its products by itself.
+    """`model` with every plain nn.MultiheadAttention, nn.LSTM, nn.GRU and nn.RNN computing its products one by one.
 
     The parameters are the same objects. At the end `model` is as it was.
     """
     replaced = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+        # A subclass, or hooks, may compute something else.
+        if type(module) in (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
     ]
     made = {id(module): _separate(module) for _, module in replaced}
     if replaced and not replaced[0][0]:

@@ -129,7 +129,7 @@ def test_the_command_line(folder, capsys):
 
 def test_what_cannot_be_calibrated_is_said(digits, folder):
     calibration = lrconvert.calibrate("dense.safetensors", "digits", count=20)
-    with pytest.raises(UsageError, match="calibrated in 1 parts, planned in 2"):
+    with pytest.raises(UsageError, match=r"calibrated in 1 part\(s\), planned in 2"):
         lrconvert.make_plan("dense.safetensors", "rank_ratio=0.5", calibration=calibration, splits={"hidden": 2})
     with pytest.raises(UsageError, match="measure=True"):
         lrconvert.make_plan("dense.safetensors", param_ratio=0.5, allocator="sensitivity", calibration=calibration)
