@@ -27,9 +27,9 @@ from lrconvert.modes import evaluating
 from lrconvert.products import Product, product_of
 from lrconvert.response import Response
 
-# Positions that a weight's moments are taken from, as a multiple of their size, and at least: thousands of pixels an image say little
-# more, and cost more than the network itself.
-_POSITIONS, _FEWEST = 32, 4096
+# Positions that a weight's moments are taken from, as a multiple of their size, and the fewest: thousands of pixels an
+# image say little more, and cost more than the network itself.
+_POSITIONS, _FEWEST = 16, 4096
 # Bytes of second moments that are collected in one go; where all layers need more, the calls are repeated.
 _MEMORY = 4 << 30
 

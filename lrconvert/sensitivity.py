@@ -5,7 +5,7 @@ forward passes with one approximated weight say how far off it is: AIMET and ASV
 https://arxiv.org/abs/2312.05821) rank layers by such measurements alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -53,7 +53,7 @@ def measured_curves(
             ranks = sorted({max(1, round(share * layer.break_even_rank)) for share in _PROBES})
             errors = []
             for rank in ranks:
-                with _approximated(parameters[layer.weight], layer, response, rank):
+                with _approximated(parameters, layer, response, rank):
                     total = sum(
                         _squared(output_of(model, call, head), want) for call, want in zip(calls, wanted, strict=True)
                     )
@@ -80,13 +80,18 @@ def _scaled(predicted: FloatArray, ranks: Sequence[int], errors: Sequence[float]
 
 
 @contextmanager
-def _approximated(parameter: nn.Parameter, layer: Layer, response: Response, rank: int) -> Iterator[None]:
-    """`parameter` with the best weight of `rank` in it."""
-    kept = parameter.data
-    layout = layer.layout
-    u, v, _ = response.factors(layout.matrices(kept, layer.groups), rank)
+def _approximated(
+    parameters: Mapping[str, nn.Parameter], layer: Layer, response: Response, rank: int
+) -> Iterator[None]:
+    """The best weight of `rank` in the place of the layer's, and the bias that goes with it."""
+    weight, bias = parameters[layer.weight], parameters.get(f"{layer.name}.bias")
+    kept = [(each, each.data) for each in (weight, bias) if each is not None]
+    u, v, shift = response.factors(layer.layout.matrices(weight.data, layer.groups), rank)
     try:
-        parameter.data = layout.weight(v @ u, layer.shape).contiguous()
+        weight.data = layer.layout.weight(v @ u, layer.shape).contiguous()
+        if bias is not None:
+            bias.data = (bias.data.double() + shift.flatten().to(bias.device)).to(bias.dtype)
         yield
     finally:
-        parameter.data = kept
+        for parameter, data in kept:
+            parameter.data = data
