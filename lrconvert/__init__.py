@@ -13,10 +13,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lrconvert.api.analyze import analyze
+    from lrconvert.api.calibrate import calibrate
     from lrconvert.api.compare import compare
+    from lrconvert.api.distill import distill
     from lrconvert.api.export import export
     from lrconvert.api.factorize import factorize, make_plan, merge
     from lrconvert.api.info import info
+    from lrconvert.api.sweep import sweep
     from lrconvert.api.train import evaluate, finetune, train
     from lrconvert.checkpoints.plan_file import save_plan
     from lrconvert.errors import LrconvertError
@@ -36,7 +39,9 @@ __all__ = [
     "Pufferfish",
     "StabilityCriterion",
     "analyze",
+    "calibrate",
     "compare",
+    "distill",
     "evaluate",
     "export",
     "factorize",
@@ -48,6 +53,7 @@ __all__ = [
     "merge",
     "save",
     "save_plan",
+    "sweep",
     "train",
 ]
 
@@ -62,7 +68,9 @@ _HOME = {
     "SIFD": "training.schedules",
     "StabilityCriterion": "training.schedules",
     "analyze": "api.analyze",
+    "calibrate": "api.calibrate",
     "compare": "api.compare",
+    "distill": "api.distill",
     "evaluate": "api.train",
     "export": "api.export",
     "factorize": "api.factorize",
@@ -74,6 +82,7 @@ _HOME = {
     "merge": "api.factorize",
     "save": "loading",
     "save_plan": "checkpoints.plan_file",
+    "sweep": "api.sweep",
     "train": "api.train",
 }
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lrconvert.inputs import Inputs, examples
 from lrconvert.layers import family_of, low_rank_modules
+from lrconvert.modes import evaluating
 
 MAC_CONVENTION = "matrix products and convolutions of one forward pass, batch 1"
 
@@ -75,16 +76,12 @@ def observe(model: nn.Module, inputs: Inputs, batch: int, modules: Iterable[nn.M
     arguments, named = examples(inputs, batch, torch.get_default_dtype(), "meta")
     state = {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     hooks = [module.register_forward_hook(observer, with_kwargs=True) for module in modules]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with countable(), FlopCounterMode(display=False) as counter:
+        with evaluating(model), countable(), FlopCounterMode(display=False) as counter:
             torch.func.functional_call(model, state, arguments, named)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     return counter.get_total_flops() // 2
 
 

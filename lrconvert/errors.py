@@ -11,13 +11,15 @@
     │   ├── UnknownNameError          2  no rule, model source or format has this name
     │   └── PatternError              2  a pattern matches nothing
     ├── NothingToCompressError        3  no layer would get smaller
+    │   └── TargetError               3  no choice of ranks meets a target; the message says how near one comes
     └── VerificationError             4  what was written does not compute what it should
 
 Anything else that escapes is a bug and keeps its traceback.
 """
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 
 class LrconvertError(Exception):
@@ -78,12 +80,37 @@ class PatternError(UsageError):
 
 
 class NothingToCompressError(LrconvertError):
-    """No layer would get smaller, or a target cannot be reached."""
+    """No layer would get smaller."""
 
     exit_code = 3
+
+
+class TargetError(NothingToCompressError):
+    """A target that no choice of ranks meets.
+
+    Args:
+        target: what was asked for ("--param-ratio 0.1").
+        closest: the nearest value that can be reached, in the unit of the target; in the message it is rounded up to
+            four digits, so that it can be asked for.
+        fix: what to do about it.
+        at_most: less than `closest` can be had, not more: it is rounded down.
+    """
+
+    def __init__(self, target: str, closest: float, fix: str = "ask for that", *, at_most: bool = False) -> None:
+        self.closest = closest
+        shown = _rounded(closest, math.floor if at_most else math.ceil)
+        super().__init__(f"{target} cannot be reached: the closest is {shown:g}; {fix}")
 
 
 class VerificationError(LrconvertError):
     """What was written does not compute what it should."""
 
     exit_code = 4
+
+
+def _rounded(value: float, towards: Callable[[float], int]) -> float:
+    """A positive value to four significant digits, by `math.ceil` upwards, by `math.floor` downwards."""
+    if not value > 0:
+        return value
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return towards(value / unit) * unit

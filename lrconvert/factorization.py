@@ -14,6 +14,7 @@ from torch import Tensor
 from lrconvert.errors import PlanError
 from lrconvert.layers.norm import EPS, fresh_norm
 from lrconvert.plan import LayerPlan, Plan, check_plan
+from lrconvert.response import Response
 from lrconvert.rewrite import CPU, Layout, Rewrite, moving
 from lrconvert.spectrum import factors_of
 from lrconvert.tensors import TensorRef, shapes_of
@@ -53,19 +54,38 @@ def merged_weight(tensors: Mapping[str, TensorRef], layer: LayerPlan, device: to
     return merge_weight(u, v, layer, _scale_and_shift(tensors, layer, device)[0] if layer.norm else None)
 
 
-def factorizing(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device = CPU) -> list[Rewrite]:
-    """The steps that factorize a state dict, one for each of its tensors, in its order.
+def factorizing(
+    tensors: Mapping[str, TensorRef],
+    plan: Plan,
+    device: torch.device = CPU,
+    responses: Mapping[str, Response] | None = None,
+) -> list[Rewrite]:
+    """The steps that factorize a state dict, in its order.
+
+    Args:
+        tensors: the state dict.
+        plan: what to do.
+        device: where to compute.
+        responses: by layer name, for the layers that the plan wants data-aware.
 
     Raises:
-        PlanError: the plan does not match the tensors.
+        PlanError: the plan does not match the tensors, or needs a response that is not there.
     """
     check_plan(plan, shapes_of(tensors))
+    responses = responses or {}
+    unknown = next((layer.name for layer in plan.low_rank if layer.data_aware and layer.name not in responses), None)
+    if unknown is not None:
+        raise PlanError(f"the plan was made with calibration data, and {unknown} needs it again: give --calibrate")
     weights = {layer.weight: layer for layer in plan.low_rank}
     biases = {layer.bias_key: layer for layer in plan.low_rank}
     steps = []
     for key, ref in tensors.items():
-        if key in weights:
+        if key in weights and weights[key].data_aware:
+            steps.append(_fitting(key, tensors, weights[key], responses[weights[key].name]))
+        elif key in weights:
             steps.append(_factorizing(key, ref, weights[key], device))
+        elif key in biases and biases[key].data_aware:
+            continue  # corrected together with its weight
         elif key in biases:
             steps.append(moving(key, ref, biases[key].key("v", "bias")))
         else:
@@ -121,6 +141,29 @@ def _factorizing(source: str, ref: TensorRef, layer: LayerPlan, device: torch.de
         return {layer.key("u"): u.cpu(), **between, layer.key("v"): v.cpu()}
 
     return Rewrite(source, replacements(layer, ref.dtype), ref.numel, make)
+
+
+def _fitting(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, response: Response) -> Rewrite:
+    """The step that makes the factors of least output error, and a bias that keeps the mean output as it was."""
+    ref, bias = tensors[source], tensors.get(layer.bias_key)
+    outputs = replacements(layer, ref.dtype)
+    if bias is not None:
+        outputs |= {layer.key("v", "bias"): (bias.shape, bias.dtype)}
+
+    def make() -> dict[str, Tensor]:
+        assert layer.rank is not None
+        layout = layer.layer.layout
+        right, left, shift = response.factors(layout.matrices(ref.read(), layer.groups), layer.rank)
+        u, v = layout.pair(left, right, layer.shape)
+        made = {layer.key("u"): u.contiguous(), layer.key("v"): v.contiguous()}
+        if layer.norm:
+            norm = fresh_norm(layer.groups * layer.rank, ref.dtype)
+            made |= {layer.key("bn", name): tensor for name, tensor in norm.items()}
+        if bias is not None:
+            made[layer.key("v", "bias")] = (bias.read().double() + shift.flatten()).to(bias.dtype)
+        return made
+
+    return Rewrite(source, outputs, ref.numel, make)
 
 
 def _merging(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device) -> Rewrite:

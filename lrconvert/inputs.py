@@ -1,11 +1,12 @@
-"""What a model is called with: shapes and types of its inputs, from which examples of any batch are drawn."""
+"""What a model is called with: shapes and types of its inputs, examples drawn from them, and calls with real data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,35 @@ def dynamic_shapes(inputs: Inputs, batch: Any) -> Any:
     dims = [{each.batch_dim: batch} for each in inputs]
     named = {each.name: dim for each, dim in zip(inputs, dims, strict=True) if each.name is not None}
     return named or tuple(dims)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of one call of a model: a batch.
+
+    Attributes:
+        args: positional ones.
+        kwargs: named ones.
+        size: examples in it.
+    """
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Tensor]
+    size: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All arguments, positional ones first."""
+        return (*self.args, *self.kwargs.values())
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Call":
+        """This call with every tensor put through `change`, which leaves the number of examples as it is."""
+        kwargs = {name: change(tensor) for name, tensor in self.kwargs.items()}
+        return Call(tuple(map(change, self.args)), kwargs, self.size)
+
+    def run(self, model: nn.Module) -> Any:
+        """What `model` returns. Tensors are brought to its device, floating-point ones to its dtype."""
+        floats = (each for each in chain(model.parameters(), model.buffers()) if each.is_floating_point())
+        like = next(floats, torch.empty(0))
+        there = self.changed(lambda tensor: tensor.to(like if tensor.is_floating_point() else like.device))
+        return model(*there.args, **there.kwargs)

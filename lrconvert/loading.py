@@ -12,7 +12,7 @@ from lrconvert.errors import ModelError, UsageError
 from lrconvert.hf.mark import mark
 from lrconvert.layers.survey import tied_names
 from lrconvert.models import Architecture
-from lrconvert.network import architecture_of, fit, not_loaded, own_architecture
+from lrconvert.network import Network, architecture_of, fit, not_loaded, own_architecture
 from lrconvert.rewrite import moving
 from lrconvert.surgery import plan_of
 from lrconvert.tensors import refs_of
@@ -66,6 +66,19 @@ def load(
             "timm/…, hf/…) or --model file.py:factory"
         )
     return mark(_build(architecture, checkpoint)).eval().to(device)
+
+
+def model_of(network: Network) -> nn.Module:
+    """The model of `network` with its weights: the live one itself, or one that is built and loaded.
+
+    Raises:
+        ModelError: nothing says what the network's architecture is.
+    """
+    if network.checkpoint is None and network.module is not None:
+        return network.module
+    if network.checkpoint is None or network.architecture is None:
+        raise ModelError(f"{network.name} names no architecture; give one with --model")
+    return _build(network.architecture, network.checkpoint).eval()
 
 
 def save(

@@ -42,6 +42,7 @@ class Network:
         checkpoint: the file, unless the source was a live model.
         architecture: where the module came from, if it was built by name.
         inputs: what the model is called with, where it is known.
+        traced_inputs: those of `inputs` that `trace` is of: without masks, where the model looks into them.
         notes: what a user should know about how it was read.
     """
 
@@ -55,6 +56,7 @@ class Network:
     checkpoint: Checkpoint | None = None
     architecture: Architecture | None = None
     inputs: Inputs | None = None
+    traced_inputs: Inputs | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -338,23 +340,26 @@ def _with_module(network: Network, module: nn.Module, inputs: Inputs | None) -> 
     if inputs is None:
         return replace(network, notes=(*network.notes, "MACs and execution order need --input-shape"))
     try:
-        found = _trace(module, inputs)
+        found, traced = _trace(module, inputs)
     except Exception as error:
         # Any model may fail on the meta device, and all that is lost is the order and the MACs.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return replace(network, notes=(*network.notes, f"no MACs and no execution order: the model failed ({reason})"))
-    return replace(network, layers=_in_execution_order(layers, found), order="execution", trace=found)
+    return replace(
+        network, layers=_in_execution_order(layers, found), order="execution", trace=found, traced_inputs=traced
+    )
 
 
-def _trace(module: nn.Module, inputs: Inputs) -> Trace:
+def _trace(module: nn.Module, inputs: Inputs) -> tuple[Trace, Inputs]:
+    """What a forward pass showed, and with which inputs."""
     try:
-        return trace(module, inputs)
+        return trace(module, inputs), inputs
     except Exception:
         # Masks are looked into (is anything hidden?), which fails where there is no data; and they hide nothing here.
         unmasked = tuple(each for each in inputs if each.kind != "mask" or each.name is None)
         if unmasked == inputs:
             raise
-        return trace(module, unmasked)
+        return trace(module, unmasked), unmasked
 
 
 def _in_execution_order(layers: tuple[Layer, ...], found: Trace) -> tuple[Layer, ...]:

@@ -6,19 +6,25 @@ lrconvert writes, so that a factorized model can be rebuilt from its file alone.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lrconvert.budget import Budget
 from lrconvert.errors import PlanError, UnknownNameError, UsageError
-from lrconvert.layers import COMPOSITE_KINDS, LAYOUTS, SPATIAL, Layer, View
+from lrconvert.layers import LAYOUTS, Layer, View
 from lrconvert.patterns import check_patterns, first_match, matches
 from lrconvert.ranks import Evidence, Rule, closed_form_xi
 from lrconvert.spectrum import Spectrum
+from lrconvert.views import can_be_spatial, can_norm
 
 Order = Literal["execution", "file"]
+
+# Reasons that both rules and budgets have.
+ALL_ZERO = "all zero"
+GIVEN = "given"
 
 
 class LayerPlan(BaseModel):
@@ -36,6 +42,8 @@ class LayerPlan(BaseModel):
         evidence: "module" when a model settled the kind, "shape" when it was read from the file alone.
         norm: whether a BatchNorm stands between the factors, with the key "layer.bn.weight" and so on.
         view: which matrix the weight is seen as, see `lrconvert.layers.Layer`.
+        data_aware: whether the factors are those of least output error (see `lrconvert.response`); `error` is then
+            predicted of the outputs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +59,7 @@ class LayerPlan(BaseModel):
     evidence: Literal["module", "shape"] = "module"
     norm: bool = False
     view: View = "channel"
+    data_aware: bool = False
 
     @classmethod
     def of(cls, layer: Layer, rank: int | None, reason: str = "", error: float | None = None) -> Self:
@@ -98,14 +107,54 @@ class LayerPlan(BaseModel):
         return f"{self.name}.bias" if self.name else "bias"
 
 
+class Target(BaseModel):
+    """What a budget asked for, and what the plan reaches.
+
+    Attributes:
+        kind: of the budget, see `lrconvert.budget.KINDS`.
+        asked, reached: in the unit of that kind.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    asked: float
+    reached: float
+
+
+class PlanLatency(BaseModel):
+    """Milliseconds of one call of the model, see `lrconvert.bench`.
+
+    Attributes:
+        dense_ms: of the dense model, measured: the fastest of several.
+        predicted_ms: of the factorized model, from the times of its layers alone and of the dense model.
+        measured_ms: of the factorized model, measured likewise, in turns with the dense one.
+        measured_on: device, threads and batch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dense_ms: float
+    predicted_ms: float
+    measured_ms: float
+    measured_on: str
+
+    @property
+    def ratio(self) -> float:
+        """Factorized / dense, measured."""
+        return self.measured_ms / self.dense_ms
+
+
 class Plan(BaseModel):
     """The decisions for a whole network.
 
     Attributes:
         version: of this format.
         order: "execution" when the layers are in the order a forward pass calls them, "file" otherwise.
-        rule: the rule that chose the ranks.
+        rule: the rule or the budget that chose the ranks.
+        target: what the budget asked for, where the ranks were chosen within one.
         layers: one decision a layer, in that order.
+        latency: of the model with these ranks, where it was measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -113,7 +162,9 @@ class Plan(BaseModel):
     version: Literal[1] = 1
     order: Order = "file"
     rule: str = ""
+    target: Target | None = None
     layers: tuple[LayerPlan, ...]
+    latency: PlanLatency | None = None
 
     @property
     def low_rank(self) -> tuple[LayerPlan, ...]:
@@ -131,7 +182,7 @@ class PlanOptions:
     """What to factorize and how ranks are rounded.
 
     Attributes:
-        rule: chooses the ranks.
+        rule: chooses the ranks: a rule those of each layer, a budget those of all layers together.
         keep_first: K, how many leading layers stay dense; None for one, unless no other layer can be factorized.
         keep_last: whether the last layer, where it is linear, stays dense, unless no other layer can be factorized.
         include: patterns; when there are any, only matching layers are factorized. A pattern without wildcards also
@@ -139,7 +190,7 @@ class PlanOptions:
         exclude: patterns of layers that stay dense; they win over `include`.
         floor: smallest rank allowed, as a share of full rank.
         rank_multiple: ranks are rounded up to a multiple of this, or down where up would not shrink the layer.
-        layer_ranks: (pattern, rank) pairs that overrule the rule; the first match counts.
+        layer_ranks: (pattern, rank) pairs that overrule rule and budget; the first match counts.
         splits: (pattern, parts) pairs: the outputs of a linear, recurrent or packed attention weight are that many
             matrices, each factorized on its own; 1 takes them together. The first match counts.
         include_embeddings: whether embeddings, which stay dense unless named, are factorized like other layers.
@@ -148,7 +199,7 @@ class PlanOptions:
             larger than 1×1, while all others keep the "channel" view.
     """
 
-    rule: Rule
+    rule: Rule | Budget
     keep_first: int | None = None
     keep_last: bool = True
     include: tuple[str, ...] = ()
@@ -185,7 +236,7 @@ def decide(
     order: Order = "file",
     xi: Mapping[str, float] | None = None,
 ) -> Plan:
-    """A plan from spectra and options.
+    """A plan from spectra and options, each layer by its own spectrum; see `lrconvert.plan_budget` for all together.
 
     Args:
         layers: every weight of the network, in `order`.
@@ -197,63 +248,19 @@ def decide(
     Raises:
         PatternError: a pattern matches no layer.
     """
+    rule = options.rule
+    if not isinstance(rule, Rule):
+        raise TypeError(f"{rule} is met by all layers together, and no layer can be decided on alone")
     reasons = reasons_to_stay_dense(layers, options)
     decisions = []
     for layer in layers:
         rank, reason = None, reasons.get(layer.name, "")
         if not reason:
             evidence = Evidence(layer, spectra[layer.name], (xi or {}).get(layer.name, closed_form_xi(layer)))
-            rank, reason = _rank_or_reason(evidence, options)
+            rank, reason = _rank_or_reason(evidence, rule, options)
         error = None if rank is None else spectra[layer.name].error(rank)
         decisions.append(LayerPlan.of(layer, rank, reason, error))
     return Plan(order=order, rule=str(options.rule), layers=tuple(decisions))
-
-
-def split(layers: Sequence[Layer], splits: Sequence[tuple[str, int]]) -> tuple[Layer, ...]:
-    """`layers`, with the number of matrices in each weight that the patterns of `splits` ask for.
-
-    Raises:
-        PatternError: a pattern matches no layer.
-        UsageError: the outputs of a layer that a pattern names do not divide so.
-    """
-    check_patterns([pattern for pattern, _ in splits], [layer.name for layer in layers], "--split")
-    return tuple(_split(layer, splits) for layer in layers)
-
-
-def _split(layer: Layer, splits: Sequence[tuple[str, int]]) -> Layer:
-    parts = next((parts for pattern, parts in splits if matches(pattern, layer.name)), None)
-    if parts is None or parts == layer.groups:
-        return layer
-    if not can_split(layer, parts):
-        raise UsageError(f"--split: {layer.name} ({layer.kind} {layer.shape}) cannot be split in {parts}")
-    return replace(layer, groups=parts)
-
-
-def can_split(layer: Layer, parts: int) -> bool:
-    """Whether the outputs of `layer` may be factorized as `parts` matrices, instead of as its own groups."""
-    if layer.kind in COMPOSITE_KINDS:
-        return parts == 1
-    return layer.kind in ("linear", "transposed_linear") and layer.layout.stacked(layer.shape) % parts == 0
-
-
-def with_norms(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """`layers`, with a BatchNorm between the factors of every one that can have it."""
-    return tuple(replace(layer, norm=can_norm(layer)) for layer in layers)
-
-
-def can_norm(layer: Layer) -> bool:
-    """Whether a BatchNorm may stand between the factors of `layer`: a linear layer or a convolution."""
-    return layer.kind in LAYOUTS and layer.kind not in COMPOSITE_KINDS and layer.kind != "embedding"
-
-
-def in_spatial_view(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """`layers`, seen spatially where that makes another matrix."""
-    return tuple(replace(layer, view="spatial") if can_be_spatial(layer) else layer for layer in layers)
-
-
-def can_be_spatial(layer: Layer) -> bool:
-    """Whether `layer` has a spatial view of its own: two dimensions, one group, a kernel larger than 1×1."""
-    return layer.kind in SPATIAL and layer.groups == 1 and layer.shape[2:] != (1, 1)
 
 
 def reasons_to_stay_dense(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
@@ -309,30 +316,46 @@ def _ends(layers: Sequence[Layer], options: PlanOptions) -> dict[str, str]:
     return {name: reason for name, reason in ends.items() if name not in named}
 
 
-def can_shrink(layer: Layer, options: PlanOptions) -> bool:
-    """Whether `layer` gets smaller at the lowest rank that `options` allow, whatever the rule says."""
-    rank, _ = _allowed(layer, options, 1)
-    return rank <= layer.break_even_rank
+def given_rank(layer: Layer, options: PlanOptions) -> int | None:
+    """The rank that `options` give to `layer` by its name, at most full rank; None if they leave it to the rule."""
+    given = next((rank for pattern, rank in options.layer_ranks if matches(pattern, layer.name)), None)
+    return None if given is None else min(given, layer.full_rank)
 
 
-def _rank_or_reason(evidence: Evidence, options: PlanOptions) -> tuple[int | None, str]:
+def lowest_rank(layer: Layer, options: PlanOptions) -> int:
+    """The rank that `options` give to `layer`, or the lowest that they allow, whether that shrinks it or not."""
+    return _allowed(layer, options, 1)
+
+
+def allowed_ranks(layer: Layer, options: PlanOptions) -> range:
+    """The ranks that `options` allow and at which `layer` gets smaller, ascending; none where it never does."""
+    step = options.rank_multiple if given_rank(layer, options) is None else layer.full_rank
+    return range(lowest_rank(layer, options), layer.break_even_rank + 1, step)
+
+
+def would_not_shrink(layer: Layer, rank: int) -> str:
+    """Why `layer` stays dense instead of getting `rank`, which is above its break-even rank."""
+    return f"would not shrink: rank {rank}, break-even {layer.break_even_rank}"
+
+
+def _rank_or_reason(evidence: Evidence, rule: Rule, options: PlanOptions) -> tuple[int | None, str]:
     """(rank, rule) of a layer that may be low rank, or (None, why it stays dense after all)."""
     layer = evidence.layer
     if evidence.spectrum.is_zero:
-        return None, "all zero"
-    rank, reason = _allowed(layer, options, options.rule.rank(evidence))
+        return None, ALL_ZERO
+    rank = _allowed(layer, options, rule.rank(evidence))
     if rank > layer.break_even_rank:
-        return None, f"would not shrink: rank {rank}, break-even {layer.break_even_rank}"
-    return rank, reason
+        return None, would_not_shrink(layer, rank)
+    return rank, str(rule) if given_rank(layer, options) is None else GIVEN
 
 
-def _allowed(layer: Layer, options: PlanOptions, rank: int) -> tuple[int, str]:
-    """(rank, what chose it): the rule's `rank` within the limits of `options`, or the one that they give instead."""
-    override = next((given for pattern, given in options.layer_ranks if matches(pattern, layer.name)), None)
-    if override is not None:
-        return min(override, layer.full_rank), "given"
+def _allowed(layer: Layer, options: PlanOptions, rank: int) -> int:
+    """`rank` within the limits of `options`, or the rank that they give instead."""
+    given = given_rank(layer, options)
+    if given is not None:
+        return given
     rank = max(rank, round(options.floor * layer.full_rank), 1)
-    return _rounded(rank, options.rank_multiple, layer.break_even_rank), str(options.rule)
+    return _rounded(rank, options.rank_multiple, layer.break_even_rank)
 
 
 def _rounded(rank: int, multiple: int, break_even: int) -> int:
@@ -345,7 +368,8 @@ def _rounded(rank: int, multiple: int, break_even: int) -> int:
 def load_plan(path: str | Path) -> Plan:
     """Read a plan that `save_plan` wrote and perhaps somebody edited.
 
-    Predicted errors are left out, since an edited rank has another one; `lrconvert.factorize` predicts them anew.
+    Errors, latency, and what was reached of a target, are left out: edited ranks have others. `lrconvert.factorize`
+    predicts errors anew.
 
     Raises:
         PlanError: the file is missing, or is not a plan; the message names the field.
@@ -360,7 +384,8 @@ def load_plan(path: str | Path) -> Plan:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise PlanError(f"{path}: not a plan: {where + ': ' if where else ''}{first['msg']}") from None
-    return plan.model_copy(update={"layers": tuple(layer.model_copy(update={"error": None}) for layer in plan.layers)})
+    layers = tuple(layer.model_copy(update={"error": None}) for layer in plan.layers)
+    return plan.model_copy(update={"layers": layers, "target": None, "latency": None})
 
 
 def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:

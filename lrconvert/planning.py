@@ -6,28 +6,31 @@ The one path to a plan, for `make_plan` and for the training schedules alike.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from lrconvert.allocation import FloatArray
+from lrconvert.budget import Budget
+from lrconvert.cost import Trace
 from lrconvert.errors import PlanError, UsageError
 from lrconvert.layers import Layer, View
 from lrconvert.network import Network, refuse_quantized
 from lrconvert.plan import (
     Plan,
     PlanOptions,
-    can_shrink,
+    allowed_ranks,
     counts,
     decide,
-    in_spatial_view,
     reasons_to_stay_dense,
-    split,
-    with_norms,
 )
-from lrconvert.ranks import parse_rule
+from lrconvert.plan_budget import Prices, mac_prices, param_prices, plan_within
+from lrconvert.ranks import Evidence, closed_form_xi, parse_rule
 from lrconvert.spectrum import Spectrum
 from lrconvert.surgery import plan_of
+from lrconvert.views import in_spatial_view, split, with_norms
 
 
 def plan_options(
     rule: str = "auto",
     *,
+    budget: Budget | None = None,
     keep_first: int | None = None,
     keep_last: bool = True,
     include: tuple[str, ...] = (),
@@ -40,9 +43,15 @@ def plan_options(
     extra_norm: bool = False,
     view: View = "channel",
 ) -> PlanOptions:
-    """Plan options from a rule's text ("energy=0.9") and the settings of `PlanOptions`."""
+    """Plan options from a rule's text ("energy=0.9"), or a budget beside "auto", and the settings of `PlanOptions`.
+
+    Raises:
+        UsageError: there are another rule and a budget, or a setting makes no sense.
+    """
+    if budget is not None and rule != "auto":
+        raise UsageError(f"{rule} and {budget.option} both choose the ranks: give one of them")
     return PlanOptions(
-        parse_rule(rule),
+        budget or parse_rule(rule),
         keep_first,
         keep_last,
         tuple(include),
@@ -73,8 +82,8 @@ class Candidates:
 
     @property
     def shrinkable(self) -> tuple[Layer, ...]:
-        """The candidates that get smaller at some rank that the options allow: those a rule can factorize."""
-        return tuple(layer for layer in self.layers if can_shrink(layer, self.options))
+        """The candidates that get smaller at some rank that the options allow: those that can be factorized."""
+        return tuple(layer for layer in self.layers if allowed_ranks(layer, self.options))
 
     @property
     def keep_first(self) -> int:
@@ -84,12 +93,42 @@ class Candidates:
         leading = next((layer for layer in self.network.layers if counts(layer)), None)
         return 0 if leading in self.layers else 1
 
-    def plan(self, spectra: Mapping[str, Spectrum], xi: Mapping[str, float]) -> Plan:
-        """The plan that follows from the candidates' spectra and ξ, by layer name."""
+    def plan(
+        self,
+        spectra: Mapping[str, Spectrum],
+        xi: Mapping[str, float],
+        curves: Mapping[str, FloatArray] | None = None,
+        prices: Prices | None = None,
+    ) -> Plan:
+        """The plan that follows from what is known of the candidates, each by layer name.
+
+        Args:
+            spectra: of their weights.
+            xi: ξ of each.
+            curves: for a budget, what the candidates err at every rank instead of what the allocator takes from the
+                spectra; see `lrconvert.plan_budget.plan_within`.
+            prices: for a budget, in another unit than parameters and MACs.
+
+        Raises:
+            TargetError: the budget cannot be met.
+        """
         names = {layer.name for layer in self.layers}
         # A layer named with --include is factorized even where its kind was a guess: the user settled it.
         layers = [replace(layer, dense_reason="") if layer.name in names else layer for layer in self.network.layers]
-        return decide(layers, spectra, self.options, self.network.order, xi)
+        budget, order = self.options.rule, self.network.order
+        if not isinstance(budget, Budget):
+            return decide(layers, spectra, self.options, order, xi)
+        evidence = {
+            layer.name: Evidence(layer, spectra[layer.name], xi.get(layer.name, closed_form_xi(layer)))
+            for layer in self.layers
+        }
+        return plan_within(budget, layers, evidence, prices or self.prices(budget), self.options, order, curves)
+
+    def prices(self, budget: Budget) -> Prices:
+        """What the candidates cost in the unit of `budget`, where that can be counted: parameters or MACs."""
+        if budget.kind == "mac_ratio":
+            return mac_prices(self.layers, _traced(self.network, budget))
+        return param_prices(self.layers, self.network.num_params)
 
 
 def candidates_of(network: Network, options: PlanOptions) -> Candidates:
@@ -99,18 +138,33 @@ def candidates_of(network: Network, options: PlanOptions) -> Candidates:
         PlanError: the network is factorized already.
         CheckpointError: layers that the patterns choose are stored quantized.
         PatternError: a pattern matches no layer.
-        UsageError: BatchNorms or the spatial view were asked for in a graph.
+        UsageError: BatchNorms or the spatial view were asked for in a graph, or a share of MACs that are not known.
     """
     refuse_factorized(network)
     refuse_quantized(network, options.include, options.exclude)
     graph = network.checkpoint is not None and network.checkpoint.graph is not None
     if graph and (options.extra_norm or options.view != "channel"):
         raise UsageError(f"{network.name} is a graph: no extra BatchNorm and no spatial view; factorize the model")
+    if isinstance(options.rule, Budget) and options.rule.kind == "mac_ratio":
+        _traced(network, options.rule)
     layers = split(network.layers, options.splits)
     layers = in_spatial_view(layers) if options.view == "spatial" else layers
     network = replace(network, layers=with_norms(layers) if options.extra_norm else layers)
     reasons = reasons_to_stay_dense(network.layers, options)
     return Candidates(network, options, tuple(layer for layer in network.layers if layer.name not in reasons))
+
+
+def _traced(network: Network, budget: Budget) -> Trace:
+    """What a forward pass of `network` showed; UsageError, with the way to make it, where there was none."""
+    if network.trace is not None:
+        return network.trace
+    if network.checkpoint is not None and network.checkpoint.graph is not None:
+        fix = "those of a graph are not counted; ask for --param-ratio"
+    elif network.module is None:
+        fix = "name the architecture with --model"
+    else:
+        fix = network.notes[-1]
+    raise UsageError(f"{budget.option} needs the MACs of {network.name}: {fix}")
 
 
 def refuse_factorized(network: Network) -> None:

@@ -7,24 +7,20 @@ layer is timed alone, as in the paper's figure 4: in the time of the whole netwo
 difference of 1.5 times.
 """
 
-import copy
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from lrconvert.cost import observe
 from lrconvert.inputs import Inputs
 from lrconvert.layers import Layer
-from lrconvert.plan import LayerPlan, Plan, units
-from lrconvert.surgery import reshape
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+from lrconvert.plan import units
+from lrconvert.single_layers import Arguments, alike, calls_of, copy_of, random_block, times_in_turns, with_data
 
 
 @dataclass(frozen=True)
@@ -110,20 +106,22 @@ def profile(
     """
     started = time.perf_counter()
     device = device or next(model.parameters()).device
-    owners = dict.fromkeys(layer.owner for layer in candidates)
-    calls = _calls(model, list(owners), inputs, batch_size)
+    modules = {layer.owner: model.get_submodule(layer.owner) for layer in candidates}
+    calls = {owner: made[:1] for owner, made in calls_of(model, list(modules), inputs, batch_size).items()}
     stacks: dict[object, list[Layer]] = {}
     for layer in candidates:
         if layer.owner in calls:
-            stacks.setdefault(_alike(model.get_submodule(layer.owner), calls[layer.owner], layer), []).append(layer)
+            stacks.setdefault(alike(modules[layer.owner], calls[layer.owner], layer), []).append(layer)
     timings, timed = [], {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        block = random_block(list(modules.values()), device)
         for stack in stacks.values():
             owner = stack[0].owner
             if owner not in timed:
                 weights = [layer for layer in candidates if layer.owner == owner]
-                pair = _pair(model.get_submodule(owner), weights, rank_ratio, device, channels_last)
-                steps = [_Step(module, calls[owner], device, autocast, channels_last) for module in pair]
+                ranks = {layer: max(1, int(rank_ratio * layer.full_rank + 1e-9)) for layer in weights}
+                pair = [copy_of(modules[owner], each, block, channels_last) for each in ({}, ranks)]
+                steps = [_Step(module.train(), calls[owner][0], autocast, channels_last) for module in pair]
                 timed[owner] = _times(steps, iterations, device)
             dense, low_rank = timed[owner]
             timings.append(StackTiming(tuple(layer.name for layer in stack), dense, low_rank))
@@ -150,59 +148,14 @@ def _keep_first(
     return keep_first
 
 
-def _calls(model: nn.Module, owners: Sequence[str], inputs: Inputs, batch_size: int) -> dict[str, Arguments]:
-    """By path, the arguments of the first call of each module in a forward pass; tensors are on the meta device."""
-    paths = {model.get_submodule(owner): owner for owner in owners}
-    calls: dict[str, Arguments] = {}
-
-    def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        calls.setdefault(paths[module], (arguments, named))
-
-    observe(model, inputs, batch_size, paths, record)
-    return calls
-
-
-def _alike(module: nn.Module, call: Arguments, layer: Layer) -> object:
-    """Equal for two weights whose modules are of one kind and shape, and are called with tensors of one shape."""
-    shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor))
-    return type(module), module.extra_repr(), layer.parameter, layer.shape, layer.groups, shapes
-
-
-def _pair(
-    module: nn.Module, weights: Sequence[Layer], rank_ratio: float, device: torch.device, channels_last: bool
-) -> tuple[nn.Module, nn.Module]:
-    """A dense and a factorized copy of `module`, with small random weights: their values do not matter."""
-    dense = copy.deepcopy(module).to(device)
-    local = [
-        replace(layer, name=layer.name.removeprefix(layer.owner).removeprefix("."), weight=layer.parameter)
-        for layer in weights
-    ]
-    ranks = [max(1, int(rank_ratio * layer.full_rank + 1e-9)) for layer in local]
-    plan = Plan(layers=tuple(LayerPlan.of(layer, rank) for layer, rank in zip(local, ranks, strict=True)))
-    low_rank = reshape(copy.deepcopy(dense), plan)
-    for each in (dense, low_rank):
-        each.train()
-        for parameter in each.parameters():
-            nn.init.normal_(parameter, std=0.02)
-        if channels_last:
-            each.to(memory_format=torch.channels_last)
-    return dense, low_rank
-
-
 class _Step:
     """One training iteration of a single layer: forward, and backward to its weights and inputs."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        call: Arguments,
-        device: torch.device,
-        autocast: torch.dtype | None,
-        channels_last: bool,
-    ) -> None:
-        self.module = module
-        self.device, self.autocast = device, autocast
-        self.arguments, self.named = tree_map(lambda leaf: _random_like(leaf, device, channels_last), call)
+    def __init__(self, module: nn.Module, call: Arguments, autocast: torch.dtype | None, channels_last: bool) -> None:
+        self.module, self.autocast = module, autocast
+        weight = next(module.parameters())
+        self.device = weight.device
+        self.arguments, self.named = with_data(call, weight, channels_last, requires_grad=True)
         self.gradients: list[Tensor] = []
 
     def __call__(self) -> None:
@@ -218,31 +171,6 @@ class _Step:
         torch.autograd.backward(trained, self.gradients)
 
 
-def _random_like(leaf: Any, device: torch.device, channels_last: bool) -> Any:
-    """A tensor with data in the place of one without; anything else comes back as it is."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    if not leaf.is_floating_point():
-        return torch.zeros(leaf.shape, dtype=leaf.dtype, device=device)
-    tensor = torch.randn(leaf.shape, dtype=leaf.dtype, device=device)
-    if channels_last and tensor.dim() == 4:
-        tensor = tensor.contiguous(memory_format=torch.channels_last)
-    return tensor.requires_grad_()
-
-
 def _times(steps: Sequence[_Step], iterations: int, device: torch.device) -> tuple[float, ...]:
     """Median milliseconds of each of `steps`, run in turns; the first turn is not counted."""
-    times: list[list[float]] = [[] for _ in steps]
-    for _ in range(iterations):
-        for step, taken in zip(steps, times, strict=True):
-            _wait(device)
-            start = time.perf_counter()
-            step()
-            _wait(device)
-            taken.append((time.perf_counter() - start) * 1e3)
-    return tuple(statistics.median(taken[1:]) for taken in times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return tuple(statistics.median(taken) for taken in times_in_turns(steps, iterations - 1, device))

@@ -224,7 +224,7 @@ def eigenvalues(gram: Tensor) -> Tensor:
     return values.flip(1)
 
 
-def _eigenvectors(gram: Tensor) -> Tensor:
+def eigenvectors(gram: Tensor) -> Tensor:
     """Eigenvectors (groups, small, small) by ascending eigenvalue; numpy's LAPACK is the faster one in float64 only."""
     if gram.is_cpu and gram.dtype == torch.float64:
         return torch.from_numpy(np.linalg.eigh(gram.numpy()).eigenvectors)
@@ -250,7 +250,7 @@ def _spectrum_from(gram: Tensor) -> Spectrum | None:
 def _basis_and_projection(wide: Tensor, rank: int, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
     """The leading eigenvectors (groups, small, rank) and the weight projected on them (groups, rank, large)."""
     try:
-        basis = _eigenvectors(gram_of(wide, dtype))[:, :, -rank:].flip(2)
+        basis = eigenvectors(gram_of(wide, dtype))[:, :, -rank:].flip(2)
     except LinAlgErrors:
         try:
             basis = torch.linalg.svd(wide.double(), full_matrices=False).U[:, :, :rank]

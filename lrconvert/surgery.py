@@ -3,7 +3,7 @@
 To factorize a module is to reshape it and load what `factorization` made of its state dict.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import torch
@@ -13,8 +13,10 @@ from lrconvert import factorization, rewrite
 from lrconvert.errors import PlanError
 from lrconvert.layers import Factored, family_of, low_rank_modules
 from lrconvert.layers.survey import layers_of_module
-from lrconvert.plan import LayerPlan, Plan, can_split
+from lrconvert.plan import LayerPlan, Plan
+from lrconvert.response import Response
 from lrconvert.tensors import refs_of
+from lrconvert.views import can_split
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
@@ -83,15 +85,23 @@ def factorize_module(
     plan: Plan,
     device: torch.device | None = None,
     progress: Callable[[], None] | None = None,
+    responses: Mapping[str, Response] | None = None,
 ) -> nn.Module:
     """Factorize `model` in place and return it (see `reshape` for a model that is one layer).
+
+    Args:
+        model: the dense model.
+        plan: what to do.
+        device: where to compute; the CPU if None.
+        progress: called after each step.
+        responses: see `factorization.factorizing`.
 
     Raises:
         PlanError: the plan does not match the model.
         WeightError: a weight is not finite.
     """
     device = device or rewrite.CPU
-    steps = factorization.factorizing(refs_of(model.state_dict()), plan, device)
+    steps = factorization.factorizing(refs_of(model.state_dict()), plan, device, responses)
     tensors = dict(rewrite.run(steps, device, progress))
     model = reshape(model, plan)
     model.load_state_dict(tensors, strict=True)

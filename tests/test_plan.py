@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from lrconvert.checkpoints.plan_file import save_plan
 from lrconvert.errors import OutputExistsError, PatternError, PlanError, UsageError
 from lrconvert.layers import Layer
-from lrconvert.plan import LayerPlan, Plan, PlanOptions, check_plan, decide, load_plan, with_norms
+from lrconvert.plan import LayerPlan, Plan, PlanOptions, check_plan, decide, load_plan
 from lrconvert.ranks import parse_rule
 from lrconvert.spectrum import spectrum_of
+from lrconvert.views import with_norms
 
 
 def linear(name, shape=(64, 64), **more):

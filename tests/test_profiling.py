@@ -106,7 +106,7 @@ def test_layers_are_trained_on_inputs_of_their_own_size(monkeypatch, autocast):
 
 
 def test_median_without_the_first_iteration(monkeypatch):
-    clock = iter([0.0, 9.0, 0.0, 0.001, 0.0, 0.003, 0.0, 0.002])
+    clock = iter([0.0, 0.0, 9.0, 0.0, 0.001, 0.0, 0.003, 0.0, 0.002])
     monkeypatch.setattr(lrconvert.profiling.time, "perf_counter", lambda: next(clock))
     assert lrconvert.profiling._times([lambda: None], 4, torch.device("cpu")) == (2.0,)
 

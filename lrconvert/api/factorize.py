@@ -1,27 +1,38 @@
 """`make_plan`, `factorize` and `merge`: deciding on ranks, and doing it to a file or to a live model."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 from torch import nn
 
+from lrconvert import hardware
+from lrconvert.allocation import FloatArray
 from lrconvert.analysis import Analysis, Progress, analyze_layers
 from lrconvert.api.common import header_for, resolve_device
+from lrconvert.api.min_accuracy import plan_by_accuracy
+from lrconvert.api.timing import bench_for, plan_by_time
+from lrconvert.api.validation import measuring
+from lrconvert.budget import Budget, one_budget
+from lrconvert.calibration import Calibration
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from lrconvert.checkpoints.folder import left_behind
-from lrconvert.errors import NothingToCompressError, UsageError
+from lrconvert.errors import NothingToCompressError, UnknownNameError, UsageError
 from lrconvert.factorization import factorizing
 from lrconvert.hf.mark import mark
 from lrconvert.inputs import shape_of
-from lrconvert.layers import View
+from lrconvert.layers import Layer, View
 from lrconvert.network import Network, Source, open_network, refuse_quantized
-from lrconvert.plan import Plan, check_plan
-from lrconvert.planning import candidates_of, plan_options, refuse_factorized
-from lrconvert.report.decisions import layer_decisions
+from lrconvert.plan import LayerPlan, Plan, check_plan
+from lrconvert.plan_budget import Prices
+from lrconvert.planning import Candidates, candidates_of, plan_options, refuse_factorized
+from lrconvert.report.decisions import layer_decisions, macs_after
 from lrconvert.report.record import FactorizeRecord
+from lrconvert.response import Response
+from lrconvert.speed import Goal
 from lrconvert.surgery import check_fits, factorize_module, merge_module
 from lrconvert.tensors import shapes_of
 
@@ -34,17 +45,29 @@ def make_plan(
     source: Source | Analysis,
     rule: str = "auto",
     *,
+    param_ratio: float | None = None,
+    mac_ratio: float | None = None,
+    latency_ratio: float | None = None,
+    max_error: float | None = None,
+    min_accuracy: float | None = None,
+    allocator: str | None = None,
     keep_first: int | None = None,
     keep_last: bool = True,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     floor: float = 0.0,
-    rank_multiple: int = 1,
+    rank_multiple: int | Literal["auto"] = 1,
     layer_ranks: Mapping[str, int] | None = None,
     splits: Mapping[str, int] | None = None,
     include_embeddings: bool = False,
     extra_norm: bool = False,
     view: View = "channel",
+    goal: Goal = "size",
+    batch_size: int = 1,
+    channels_last: bool = False,
+    calibration: Calibration | None = None,
+    evaluate: str | None = None,
+    data_dir: str | Path = "data",
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -58,8 +81,17 @@ def make_plan(
         source: a checkpoint's path, a live model, or an analysis made earlier.
         rule: name of a rank rule, perhaps with its number: "auto", "rank_ratio=0.25", "energy=0.9"; see
             `lrconvert.ranks.RULES`.
-        keep_first, keep_last, include, exclude, floor, rank_multiple: see `lrconvert.plan.PlanOptions`.
-        layer_ranks: pattern to rank, overruling the rule.
+        param_ratio, mac_ratio: a budget instead of a rule: parameters, or multiply-accumulates, of the whole network,
+            compressed / original. Reached within 1 %.
+        latency_ratio: a budget: time of one call, compressed / original, measured; what is predicted is within 1 %.
+        max_error: a budget: fewest parameters with at most this √(total ‖W − W_r‖² / total ‖W‖²) over the layers that
+            may be factorized.
+        min_accuracy: a budget: fewest parameters, within 1 %, with at least this accuracy, measured after factorizing
+            at some eight ratios of parameters.
+        allocator: how a budget is distributed, see `lrconvert.budget.ALLOCATORS`; each budget has a default.
+        keep_first, keep_last, include, exclude, floor, rank_multiple: see `lrconvert.plan.PlanOptions`; the multiple
+            "auto" is what the device likes, see `lrconvert.hardware`.
+        layer_ranks: pattern to rank, overruling rule and budget.
         splits: pattern to number of parts: the outputs of these layers are that many matrices, factorized each on its
             own ({"*.qkv": 3}), or, with 1, together ({"lstm*": 1}).
         include_embeddings: factorize embeddings too.
@@ -67,27 +99,52 @@ def make_plan(
             (Cuttlefish section 4.1).
         view: "spatial" factorizes convolutions of two dimensions into one across and one down, as SI&FD does, instead
             of one with the whole kernel and one of kernel 1.
+        goal: "speed" leaves layers dense that are not 5 % faster at their rank, and refuses a plan that makes the whole
+            model no faster; "both" leaves those dense that are slower; "size" asks nothing. All but "size" run the
+            model to measure that on `device`, which takes up to a minute.
+        batch_size, channels_last: of the calls that are timed.
+        calibration: what `calibrate` learned. Layers that it knows are factorized for least error of the output; a
+            budget is then distributed by "output_error", and "auto" gives all layers together the parameters that
+            Cuttlefish's ranks would take.
+        evaluate, data_dir: for `min_accuracy`, the dataset that it is measured on, and where that lies: its validation
+            images, see `lrconvert.training.data.open_dataset`.
         model, model_args, input_shape, init, device, progress: see `analyze`.
 
     Raises:
         UsageError: the rule is unknown or a setting makes no sense.
         PlanError: the network is factorized already.
+        TargetError: no choice of ranks meets the budget; the message says how near one comes.
     """
+    if goal not in get_args(Goal):
+        raise UnknownNameError("goal", goal, get_args(Goal))
+    network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
+    where = resolve_device(device)
+    targets = {"param_ratio": param_ratio, "mac_ratio": mac_ratio, "latency_ratio": latency_ratio}
+    targets |= {"max_error": max_error, "min_accuracy": min_accuracy}
+    if (min_accuracy is None) != (evaluate is None):
+        raise UsageError("--min-accuracy and --evaluate DATASET, the labelled images to measure it on, go together")
+    if calibration is not None and any(target is not None for target in targets.values()):
+        allocator = allocator or "output_error"
     options = plan_options(
         rule,
+        budget=one_budget(allocator, **targets),
         keep_first=keep_first,
         keep_last=keep_last,
         include=tuple(include),
         exclude=tuple(exclude),
         floor=floor,
-        rank_multiple=rank_multiple,
+        rank_multiple=_preferred_multiple(network, where) if rank_multiple == "auto" else rank_multiple,
         layer_ranks=layer_ranks,
         splits=splits,
         include_embeddings=include_embeddings,
         extra_norm=extra_norm,
         view=view,
     )
-    network = source.network if isinstance(source, Analysis) else open_network(source, model, model_args, input_shape)
+    budget = options.rule if isinstance(options.rule, Budget) else None
+    by_time = goal != "size" or (budget is not None and budget.kind == "latency_ratio")
+    if min_accuracy is not None and goal != "size":
+        raise UsageError("--min-accuracy looks for the fewest parameters: --for size, or another budget")
+    bench = bench_for(network, batch_size, where, channels_last) if by_time else None
     candidates = candidates_of(network, options)
     if isinstance(source, Analysis):
         missing = [layer.name for layer in candidates.layers if layer.name not in source.spectra]
@@ -98,9 +155,74 @@ def make_plan(
         analysis = source
     else:
         initial = open_network(init) if init is not None else None
-        where = resolve_device(device)
         analysis = analyze_layers(candidates.network, candidates.layers, initial, where, progress)
-    return candidates.plan(analysis.spectra, {layer.name: analysis.xi(layer) for layer in candidates.layers})
+    xi = {layer.name: analysis.xi(layer) for layer in candidates.layers}
+    if calibration is not None and budget is None and rule == "auto":
+        # What calibration does not know cannot be weighed against the rest: it stays dense.
+        known = {layer.name for layer in candidates.layers if matches_response(layer, calibration.responses)}
+        together = [layer for layer in candidates.plan(analysis.spectra, xi).low_rank if layer.name in known]
+        saved = sum(layer.layer.num_params - layer.num_params_after for layer in together)
+        budget = Budget("param_ratio", 1 - saved / network.num_params, "output_error") if together else None
+        candidates = replace(candidates, options=replace(options, rule=budget or options.rule))
+    curves = None if calibration is None or budget is None else _curves(budget, calibration, candidates.layers)
+
+    def decide(prices: Prices | None = None, within: Candidates = candidates) -> Plan:
+        plan = within.plan(analysis.spectra, xi, curves, prices)
+        return plan if calibration is None else data_aware(plan, calibration.responses)
+
+    if budget is not None and evaluate is not None:
+        accuracy = measuring(network, evaluate, data_dir, where, calibration.responses if calibration else {})
+        return plan_by_accuracy(budget, candidates, lambda within: decide(within=within), accuracy)
+    return decide() if bench is None else plan_by_time(candidates, decide, goal, bench)
+
+
+def _curves(budget: Budget, calibration: Calibration, layers: Iterable[Layer]) -> Mapping[str, FloatArray] | None:
+    """What `layers` err at every rank, where the allocator of `budget` takes it from `calibration`."""
+    if budget.allocator == "sensitivity" and not calibration.measured:
+        raise UsageError("--allocator sensitivity needs measurements: calibrate(…, measure=True)")
+    if budget.allocator not in ("output_error", "sensitivity"):
+        return None
+    curves = calibration.curves() if budget.allocator == "output_error" else calibration.measured
+    known = [layer.name for layer in layers if matches_response(layer, calibration.responses)]
+    return {name: curves[name] for name in known if name in curves}
+
+
+def matches_response(layer: Layer, responses: Mapping[str, Response]) -> bool:
+    """Whether there is a response of `layer`, seen as the matrices that calibration saw.
+
+    Raises:
+        UsageError: there is one, of other matrices.
+    """
+    response = responses.get(layer.name)
+    if response is None or layer.view != "channel":
+        return False
+    if len(response.signal) != layer.groups:
+        raise UsageError(f"{layer.name}: calibrated in {len(response.signal)} part(s), planned in {layer.groups}")
+    if response.signal.shape[1] != layer.full_rank:
+        raise UsageError(f"{layer.name}: the calibration is that of another network")
+    return True
+
+
+def data_aware(plan: Plan, responses: Mapping[str, Response]) -> Plan:
+    """`plan`, with least error of the output where calibration left a response of the layer, by its name.
+
+    Raises:
+        UsageError: it is the response of other matrices.
+    """
+
+    def aware(layer: LayerPlan) -> LayerPlan:
+        if layer.rank is None or not matches_response(layer.layer, responses):
+            return layer
+        error = responses[layer.name].spectrum.error(layer.rank)
+        return layer.model_copy(update={"data_aware": True, "error": error})
+
+    return plan.model_copy(update={"layers": tuple(map(aware, plan.layers))})
+
+
+def _preferred_multiple(network: Network, device: torch.device) -> int:
+    """The multiple of ranks that `device` likes for the weights of `network`."""
+    dtypes = (network.tensors[layer.weight].dtype for layer in network.layers if not layer.dense_reason)
+    return hardware.rank_multiple(device, next(dtypes, torch.float32))
 
 
 @overload
@@ -118,6 +240,7 @@ def factorize(
     output: str | Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    calibration: Calibration | None = None,
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -129,10 +252,11 @@ def factorize(
 
     Args:
         source: a live model, or a checkpoint's path.
-        plan: a plan, or the name of a rule to make one with.
+        plan: a plan, or the name of a rule to make one with; "auto" also with a budget (`param_ratio=0.6`).
         output: file or folder to write, for a checkpoint; its suffix says the format.
         overwrite: replace an existing output.
         dry_run: decide and report, write nothing.
+        calibration: what `calibrate` learned: layers that it knows are factorized for least error of the output.
         model, model_args, input_shape, device, progress: see `analyze`.
         settings: more arguments of `make_plan`, when `plan` is a rule.
 
@@ -150,6 +274,8 @@ def factorize(
     network = open_network(source, model, model_args, input_shape)
     graph = network.checkpoint.graph if network.checkpoint else None
     refuse_factorized(network)
+    if graph is not None and calibration is not None:
+        raise UsageError(f"{network.name} is a graph, which is not factorized by examples: factorize its model")
     if isinstance(source, nn.Module):
         if output is not None or dry_run:
             raise UsageError("a live model is factorized in place: no output, no dry run; lrconvert.save writes it")
@@ -158,7 +284,7 @@ def factorize(
             raise UsageError("factorizing a checkpoint needs an output path")
         check_output(Path(output), network.checkpoint, overwrite)
     if isinstance(plan, str):
-        plan = make_plan(network, plan, device=device, progress=progress, **settings)
+        plan = make_plan(network, plan, calibration=calibration, device=device, progress=progress, **settings)
     elif settings:
         raise UsageError(f"{', '.join(settings)}: a finished plan takes no more settings")
     else:
@@ -169,16 +295,18 @@ def factorize(
             refuse_quantized(network, [layer.name for layer in plan.low_rank])
         if network.module is not None:
             check_fits(network.module, plan)
+        plan = plan if calibration is None else data_aware(plan, calibration.responses)
         plan = _with_errors(plan, network, where, progress)
+    responses = calibration.responses if calibration else None
     if not plan.low_rank:
         raise NothingToCompressError(_why_nothing(plan, network))
     if isinstance(source, nn.Module):
-        return mark(factorize_module(source, plan, where))
+        return mark(factorize_module(source, plan, where, responses=responses))
     if graph is not None:
         outcome = None if dry_run else _write_graph(network, graph, plan, Path(str(output)), overwrite, where, progress)
         path = None if dry_run else Path(str(output))
         return _record(network, plan, path, time.perf_counter() - started, outcome)
-    steps = factorizing(network.tensors, plan, where)
+    steps = factorizing(network.tensors, plan, where, responses)
     if not dry_run:
         advance = progress("factorizing", len(steps)) if progress else None
         write_checkpoint(
@@ -190,7 +318,9 @@ def factorize(
             device=where,
             progress=advance,
         )
-    return _record(network, plan, None if dry_run else Path(str(output)), time.perf_counter() - started)
+    return _record(
+        network, plan, None if dry_run else Path(str(output)), time.perf_counter() - started, calibration=calibration
+    )
 
 
 def _write_graph(
@@ -261,23 +391,29 @@ def _smaller_only(plan: Plan, graph: bool) -> tuple[str, ...]:
 
 
 def _record(
-    network: Network, plan: Plan, output: Path | None, seconds: float, outcome: "Outcome | None" = None
+    network: Network,
+    plan: Plan,
+    output: Path | None,
+    seconds: float,
+    outcome: "Outcome | None" = None,
+    calibration: Calibration | None = None,
 ) -> FactorizeRecord:
     rows = layer_decisions(plan, network.trace)
-    macs = network.trace.macs if network.trace else None
-    after = None
-    if macs is not None and all(row.macs_before is None or row.macs_after is not None for row in rows):
-        after = macs - sum((row.macs_before or 0) - (row.macs_after or 0) for row in rows)
     return FactorizeRecord(
         source=network.name,
         output=str(output) if output else None,
         model=network.architecture.name if network.architecture else None,
         order=plan.order,
         rule=plan.rule,
+        target=plan.target,
+        latency_before_ms=plan.latency.dense_ms if plan.latency else None,
+        latency_after_predicted_ms=plan.latency.predicted_ms if plan.latency else None,
+        latency_after_ms=plan.latency.measured_ms if plan.latency else None,
+        latency_note=plan.latency.measured_on if plan.latency else None,
         num_params_before=network.num_params,
         num_params_after=network.num_params - plan.saved_params,
-        macs_before=macs,
-        macs_after=after,
+        macs_before=network.trace.macs if network.trace else None,
+        macs_after=macs_after(plan, network.trace),
         nbytes_before=network.checkpoint.nbytes if network.checkpoint else None,
         nbytes_after=open_checkpoint(output).nbytes if output else None,
         seconds=seconds if output else None,
@@ -287,6 +423,7 @@ def _record(
             *network.notes,
             *(left_behind(network.checkpoint) if network.checkpoint else ()),
             *([outcome.note] if outcome else []),
+            *([f"calibrated on {note}" for note in calibration.notes] if calibration else []),
             *_smaller_only(plan, graph=network.checkpoint is not None and network.checkpoint.graph is not None),
         ),
         layers=rows,

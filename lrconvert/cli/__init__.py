@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 import lrconvert
-from lrconvert.cli import analyze, compare, demo, evaluate, export, factorize, finetune, info, recipes, train
+from lrconvert.cli import (
+    analyze,
+    compare,
+    demo,
+    distill,
+    evaluate,
+    export,
+    factorize,
+    finetune,
+    info,
+    recipes,
+    sweep,
+    train,
+)
 from lrconvert.errors import LrconvertError
 
 app = typer.Typer(
@@ -21,8 +34,10 @@ app = typer.Typer(
 )
 app.command()(analyze.analyze)
 app.command()(factorize.factorize)
+app.command()(sweep.sweep)
 app.command()(train.train)
 app.command()(finetune.finetune)
+app.command()(distill.distill)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command()(compare.compare)

@@ -34,6 +34,50 @@ def factorize(
             metavar="NAME[=NUMBER]",
         ),
     ] = None,
+    param_ratio: Annotated[
+        float | None, typer.Option("--param-ratio", help="Parameters of the whole network, compressed / original.")
+    ] = None,
+    mac_ratio: Annotated[
+        float | None, typer.Option("--mac-ratio", help="MACs of the whole network, compressed / original.")
+    ] = None,
+    latency_ratio: Annotated[
+        float | None,
+        typer.Option("--latency-ratio", help="Time of one call, compressed / original, measured on this device."),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option("--max-error", help="Largest ‖W − VU‖/‖W‖ of all factorizable layers together."),
+    ] = None,
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option("--min-accuracy", help="Least accuracy on --evaluate DATASET, by the fewest parameters."),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--evaluate", help="Labelled images whose held-out part --min-accuracy is measured on.", metavar="DATASET"
+        ),
+    ] = None,
+    allocator: Annotated[
+        str | None,
+        typer.Option(
+            "--allocator",
+            help="How a budget is distributed: relative_error, absolute_error, stable_rank or uniform.",
+            metavar="NAME",
+        ),
+    ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="speed: no layer that is not faster, measured; both (--auto's own): none that is slower; or size.",
+            metavar="GOAL",
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Of the calls that are timed.")] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Images and convolutions are channels_last when they are timed.")
+    ] = False,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Run a plan that --save-plan wrote.", metavar="FILE")
     ] = None,
@@ -71,10 +115,26 @@ def factorize(
         typer.Option("--view", help="channel, or spatial: 2-d convolutions become one across and one down."),
     ] = None,
     rank_multiple: Annotated[
-        int | None, typer.Option("--rank-multiple", help="Round ranks to multiples of this (8 suits most hardware).")
+        str | None,
+        typer.Option("--rank-multiple", help="Round ranks to multiples of this; auto: what the device likes."),
     ] = None,
     rank_floor: Annotated[
         float | None, typer.Option("--rank-floor", help="Smallest rank, as a share of full rank.")
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            help="Examples without labels, for least error of the output: a text file, a folder of images, .npz, a "
+            "dataset's name, file.py:factory.",
+            metavar="DATA",
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option("--examples", help="Of --calibrate; 256 unless said otherwise.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Where the dataset of --calibrate or --evaluate lies.")
     ] = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -90,7 +150,7 @@ def factorize(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Replace layers by two thin ones, at ranks that a rule, a plan or --auto chooses.
+    """Replace layers by two thin ones, at ranks that a rule, a budget, a plan or --auto chooses.
 
     The plan is stored in the file that is written, so that lrconvert.load rebuilds the model from it.
     """
@@ -100,16 +160,34 @@ def factorize(
         "include": include,
         "exclude": exclude,
         "floor": rank_floor,
-        "rank_multiple": rank_multiple,
+        "rank_multiple": options.parse_multiple(rank_multiple),
         "layer_ranks": options.parse_numbers("--layer-rank", layer_rank) or None,
         "splits": options.parse_numbers("--split", split) or None,
         "include_embeddings": include_embeddings or None,
         "extra_norm": extra_bn or None,
         "view": view,
         "init": init,
+        "allocator": allocator,
+        "goal": goal,
+        "batch_size": batch_size,
+        "channels_last": channels_last or None,
     }
     chosen = {name: value for name, value in settings.items() if value is not None}
-    wanted = _rule(auto, rank_ratio, rank, energy, rule, plan)
+    budgets = {
+        "param_ratio": param_ratio,
+        "mac_ratio": mac_ratio,
+        "latency_ratio": latency_ratio,
+        "max_error": max_error,
+        "min_accuracy": min_accuracy,
+    }
+    budget = {name: value for name, value in budgets.items() if value is not None}
+    wanted = _rule(auto, {"rank_ratio": rank_ratio, "rank": rank, "energy": energy}, rule, budget, plan)
+    if calibrate is None and examples is not None:
+        raise UsageError("--examples says more about --calibrate DATA, which is missing")
+    if calibrate is None and evaluate is None and data_dir is not None:
+        raise UsageError("--data-dir says more about --calibrate DATA or --evaluate DATASET, which are missing")
+    if (min_accuracy is None) != (evaluate is None):
+        raise UsageError("--min-accuracy and --evaluate DATASET, the labelled images to measure it on, go together")
     if output is None and not dry_run:
         raise UsageError("say where to write with -o FILE.safetensors, or look first with --dry-run")
     if plan is not None and chosen:
@@ -131,20 +209,48 @@ def factorize(
         options.parse_model_args(model_arg),
         options.parse_shape(input_shape),
     )
+    if auto and not budget and network.traced_inputs is not None:
+        chosen.setdefault("goal", "both")
     if output is not None and not dry_run:
         check_output(output, network.checkpoint, overwrite)
     if save_plan is not None:
         check_writable(save_plan, overwrite)
     with sink.progress() as progress:
-        ready = (
-            load_plan(plan)
-            if plan is not None
-            else lrconvert.make_plan(network, wanted, **chosen, device=device, progress=progress)  # type: ignore[arg-type]
+        calibration, ready = None, load_plan(plan) if plan is not None else None
+        if calibrate is not None:
+            calibration = lrconvert.calibrate(
+                network,
+                calibrate,
+                count=examples or 256,
+                data_dir=data_dir or "data",
+                splits={layer.name: layer.groups for layer in ready.low_rank}
+                if ready
+                else options.parse_numbers("--split", split),
+                measure=allocator == "sensitivity",
+                device=device,
+                progress=progress,
+            )
+        ready = ready or lrconvert.make_plan(
+            network,
+            wanted,
+            **{**budget, **chosen},  # type: ignore[arg-type]
+            calibration=calibration,
+            evaluate=evaluate,
+            data_dir=data_dir or "data",
+            device=device,
+            progress=progress,
         )
         if save_plan is not None:
             lrconvert.save_plan(ready, save_plan, overwrite=overwrite)
         record = lrconvert.factorize(
-            network, ready, output=output, overwrite=overwrite, dry_run=dry_run, device=device, progress=progress
+            network,
+            ready,
+            output=output,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            calibration=calibration,
+            device=device,
+            progress=progress,
         )
     sink.show(record)
 
@@ -156,28 +262,29 @@ _OPTIONS = {
     "layer_ranks": "--layer-rank",
     "splits": "--split",
     "extra_norm": "--extra-bn",
+    "goal": "--for",
 }
 
 
 def _rule(
-    auto: bool,
-    rank_ratio: float | None,
-    rank: int | None,
-    energy: float | None,
-    rule: str | None,
-    plan: Path | None,
+    auto: bool, shorthands: dict[str, float | None], rule: str | None, budget: dict[str, float], plan: Path | None
 ) -> str:
-    """The one rule that the options name, as `lrconvert.make_plan` takes it; empty when a plan was given."""
-    shorthands = {"rank_ratio": rank_ratio, "rank": rank, "energy": energy}
+    """The one rule that the options name, as `lrconvert.make_plan` takes it; "auto" beside a budget or a plan."""
     rules = [f"{name}={value}" for name, value in shorthands.items() if value is not None]
     rules += [rule] if rule is not None else []
-    rules += ["auto"] if auto else []
+    budgets = [f"{name}={value}" for name, value in budget.items()]
+    # Beside a budget, --auto leaves to the budget how it is distributed.
+    rules += ["auto"] if auto and not budgets else []
     if plan is not None:
-        if rules:
-            raise UsageError(f"--plan and {rules[0].partition('=')[0]} both choose the ranks: give one of them")
-        return ""
-    if not rules:
-        raise UsageError("say how to choose the ranks: --auto, --rank-ratio, --rank, --energy, --rule or --plan")
-    if len(rules) > 1:
-        raise UsageError(f"one rank rule at a time: {' and '.join(rules)} were given")
-    return rules[0]
+        if rules or budgets:
+            name = [*rules, *budgets][0].partition("=")[0]
+            raise UsageError(f"--plan and {name} both choose the ranks: give one of them")
+        return "auto"
+    if not rules and not budgets:
+        raise UsageError(
+            "say how to choose the ranks: --auto, --rank-ratio, --rank, --energy, --rule, a budget (--param-ratio, "
+            "--mac-ratio, --latency-ratio, --max-error, --min-accuracy) or --plan"
+        )
+    if len(rules) + len(budgets) > 1:
+        raise UsageError(f"one rank rule at a time, or one budget: {' and '.join([*rules, *budgets])} were given")
+    return rules[0] if rules else "auto"

@@ -96,6 +96,15 @@ def parse_numbers(option: str, given: list[str] | None) -> dict[str, int]:
     return parsed
 
 
+def parse_multiple(text: str | None) -> int | str | None:
+    """8 from "8"; "auto" as it is."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal():
+        raise UsageError(f"--rank-multiple {text}: write a whole number, or auto")
+    return int(text)
+
+
 def given(**values: Any) -> dict[str, Any]:
     """The options that were given, paths as text, as fields of a recipe."""
     return {key: str(value) for key, value in values.items() if value is not None}

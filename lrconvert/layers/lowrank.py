@@ -127,7 +127,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.factored = dict(wanted)
         # In a tuple, so that it is not registered: its parameters are not this module's.
-        self._skeleton = (_without_data(dense),)
+        self._skeleton = (without_data(dense),)
 
     def counterparts(self, parameter: str) -> tuple[str, ...]:
         """Paths of the parameters here that stand for `parameter` of the dense module.
@@ -231,7 +231,7 @@ def shape_only(dense: Tensor, factor: Tensor) -> Tensor:
     return answer
 
 
-def _without_data(module: nn.Module) -> nn.Module:
+def without_data(module: nn.Module) -> nn.Module:
     """A copy of `module` on the meta device, made without copying its data first."""
     tensors = [*module.parameters(), *module.buffers()]
     empty = {

@@ -71,9 +71,15 @@ def _vocabulary(config: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _length(config: Any) -> int:
-    """Tokens that the model takes, up to `TOKENS`."""
+def positions_of(config: Any) -> int | None:
+    """Tokens that the model takes at most; None where its configuration sets no limit."""
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     # RoBERTa numbers positions from the one after its padding.
     offset = (getattr(config, "pad_token_id", None) or 0) + 1 if getattr(config, "model_type", "") == "roberta" else 0
-    return min(TOKENS, positions - offset) if isinstance(positions, int) else TOKENS
+    return positions - offset if isinstance(positions, int) else None
+
+
+def _length(config: Any) -> int:
+    """Tokens that the model takes, up to `TOKENS`."""
+    positions = positions_of(config)
+    return TOKENS if positions is None else min(TOKENS, positions)

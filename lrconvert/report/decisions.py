@@ -5,6 +5,16 @@ from lrconvert.plan import Plan
 from lrconvert.report.record import LayerDecision
 
 
+def macs_after(plan: Plan, trace: Trace | None) -> int | None:
+    """MACs of the whole network factorized by `plan`, for one input; None where some cannot be counted."""
+    if trace is None:
+        return None
+    rows = layer_decisions(plan, trace)
+    if any(row.macs_before is not None and row.macs_after is None for row in rows):
+        return None
+    return trace.macs - sum((row.macs_before or 0) - (row.macs_after or 0) for row in rows)
+
+
 def layer_decisions(plan: Plan, trace: Trace | None = None) -> tuple[LayerDecision, ...]:
     """One report row for every layer of `plan`, with MACs where `trace` is of the dense network."""
     rows = []
@@ -27,6 +37,7 @@ def layer_decisions(plan: Plan, trace: Trace | None = None) -> tuple[LayerDecisi
                 macs_after=None if at is None else layer.macs(at, decision.rank, halfway),
                 norm=decision.norm,
                 view=decision.view,
+                data_aware=decision.data_aware,
             )
         )
     return tuple(rows)

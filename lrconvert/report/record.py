@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from lrconvert.cost import MAC_CONVENTION
+from lrconvert.plan import Target
 
 
 class Record(BaseModel):
@@ -99,7 +100,7 @@ class LayerDecision(BaseModel):
     """One row of `factorize`.
 
     Attributes:
-        name, kind, shape, groups, rank, reason, error, norm, view: see `lrconvert.plan.LayerPlan`.
+        name, kind, shape, groups, rank, reason, error, norm, view, data_aware: see `lrconvert.plan.LayerPlan`.
         full_rank: of the matrix view.
         num_params_before, num_params_after: elements of the weight, and of what replaces it.
         macs_before, macs_after: for one input, where the model was traced.
@@ -121,6 +122,7 @@ class LayerDecision(BaseModel):
     macs_after: int | None
     norm: bool = False
     view: str = "channel"
+    data_aware: bool = False
 
 
 class FactorizeRecord(Record):
@@ -129,9 +131,14 @@ class FactorizeRecord(Record):
     Attributes:
         source, model, order, mac_convention, notes: as in `AnalyzeRecord`.
         output: what was written; None for a dry run.
-        rule: the rank rule.
+        rule: the rule or the budget that chose the ranks.
+        target: what a budget asked for and what is reached, predicted; None without, and for plans read from a file.
         num_params_before, num_params_after: of the whole network.
         macs_before, macs_after: of the whole network for one input, where it was traced.
+        latency_before_ms, latency_after_ms: time of one call of the dense model and of the factorized one, fastest of
+            those that were measured in turns; None where nothing was timed.
+        latency_after_predicted_ms: of the factorized model, from the times of its layers alone.
+        latency_note: on what they were measured: device, threads and batch.
         nbytes_before, nbytes_after: size on disk, measured.
         seconds: time spent on reading, factorizing and writing, measured.
         checked_with, difference: what ran the written graph beside the one with merged weights, and the largest
@@ -146,6 +153,11 @@ class FactorizeRecord(Record):
     model: str | None
     order: Literal["execution", "file"]
     rule: str
+    target: Target | None = None
+    latency_before_ms: float | None = None
+    latency_after_ms: float | None = None
+    latency_after_predicted_ms: float | None = None
+    latency_note: str | None = None
     num_params_before: int
     num_params_after: int
     macs_before: int | None

@@ -152,3 +152,42 @@ class EvaluateRecord(Record):
     latency_runs: int
     batch_size: int
     device: str
+
+
+class DistillRecord(Record):
+    """What `distill` did.
+
+    Attributes:
+        source, teacher, data: the factorized network, the dense one, and the examples, as they were given.
+        output: what was written; None for a live model, which was changed in place.
+        num_params, trained_params: parameters of the factorized network, and of its factors, which were trained.
+        compared: what of the outputs was compared.
+        blocks: the modules whose outputs were compared besides.
+        examples, held_out: trained on, and only watched.
+        steps, epochs: taken, and passes over the examples.
+        seconds: the whole job, with everything.
+        error_before, error_after: ‖y′ − y‖ / ‖y‖ of what was compared, on the held-out examples, measured.
+        stopped_early: whether it ended because the error fell no more.
+        device: what it ran on.
+        notes: what a user should know.
+    """
+
+    command: Literal["distill"] = "distill"
+    source: str
+    teacher: str
+    data: str
+    output: str | None
+    num_params: int
+    trained_params: int
+    compared: Literal["outputs", "sentence embeddings"]
+    blocks: tuple[str, ...]
+    examples: int
+    held_out: int
+    steps: int
+    epochs: float
+    seconds: float
+    error_before: float
+    error_after: float
+    stopped_early: bool
+    device: str
+    notes: tuple[str, ...]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from lrconvert.budget import KINDS
+from lrconvert.plan import Target
 from lrconvert.report import record as records
 
 
@@ -41,6 +43,15 @@ def before_and_after(rows: Sequence[tuple[str, float | None, float | None, str]]
         ratio = f"{after / before:.3f}" if before else "–"
         table.add_row(name, count(before, unit), count(after, unit), ratio)
     return table
+
+
+def target_text(target: Target) -> str:
+    """What a budget asked for and what the plan reaches: "parameters 0.600 of dense, asked 0.6"."""
+    if target.kind == "max_error":
+        return f"error {target.reached:.4f}, asked at most {target.asked:g}"
+    if target.kind == "min_accuracy":
+        return f"accuracy {target.reached:.4f} on the validation images (measured), asked at least {target.asked:g}"
+    return f"{KINDS[target.kind].unit} {target.reached:.3f} of dense, asked {target.asked:g}"
 
 
 def print_reasons(console: Console, heading: str, reasons: Counter[str]) -> None:

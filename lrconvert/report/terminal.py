@@ -8,6 +8,7 @@ from rich.console import Console
 
 from lrconvert.report import record as records
 from lrconvert.report import record_training as training_records
+from lrconvert.report.record_sweep import SweepRecord
 from lrconvert.report.tables import (
     before_and_after,
     count,
@@ -16,8 +17,10 @@ from lrconvert.report.tables import (
     print_notes,
     print_reasons,
     shape_text,
+    target_text,
 )
-from lrconvert.report.terminal_training import render_evaluate, render_train
+from lrconvert.report.terminal_sweep import render_sweep
+from lrconvert.report.terminal_training import render_distill, render_evaluate, render_train
 
 _BARS = "▁▂▃▄▅▆▇█"
 _DECADES = 3
@@ -93,10 +96,13 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
     to = f" → {record.output}" if record.output else "  (dry run: nothing is written)"
     console.print(f"{record.source}{to}", style="bold")
     console.print(f"rule {record.rule}, layers in {record.order} order")
+    if record.rule == "auto":
+        console.print("auto: scaled stable rank; for linear layers accumulative rank 0.8, if larger", style="dim")
     print_notes(console, record.notes)
     rows = [row for row in record.layers if row.rank is not None or verbose]
     console.print(decision_table(rows, wide))
-    console.print("\nsize: elements of both factors / of the weight. error: predicted ‖W − VU‖/‖W‖.", style="dim")
+    measure = "of the outputs" if any(row.data_aware for row in rows) else "‖W − VU‖/‖W‖"
+    console.print(f"\nsize: elements of both factors / of the weight. error: predicted, {measure}.", style="dim")
     if not verbose:
         print_reasons(console, "Kept dense", Counter(row.reason for row in record.layers if row.rank is None))
     console.print()
@@ -109,10 +115,25 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
             ]
         )
     )
+    if record.target is not None:
+        console.print(target_text(record.target))
+    if record.latency_before_ms and record.latency_after_ms and record.latency_after_predicted_ms:
+        before, after, predicted = record.latency_before_ms, record.latency_after_ms, record.latency_after_predicted_ms
+        console.print(
+            f"latency {before:.4g} ms → {after:.4g} ms, {after / before:.3f} of dense (measured; "
+            f"{predicted / before:.3f} predicted)"
+        )
+        console.print(f"on {record.latency_note}", style="dim")
     if record.macs_before is not None:
         console.print(f"MACs: {record.mac_convention}.", style="dim")
     if record.seconds is not None:
         console.print(f"{record.seconds:.1f} s", style="dim")
+    if record.output is not None and not record.output.endswith(".onnx"):
+        console.print(
+            f"Next, to win back what was lost: lrconvert distill {record.output} --teacher {record.source} "
+            "--data EXAMPLES -o OUT, or with labels lrconvert finetune",
+            style="dim",
+        )
 
 
 def _export(record: records.ExportRecord, console: Console, wide: bool, verbose: bool) -> None:
@@ -215,6 +236,8 @@ _RENDERERS: dict[type[records.Record], Callable[[Any, Console, bool, bool], None
     records.CompareRecord: _compare,
     records.InfoRecord: _info,
     records.DemoRecord: _demo,
+    SweepRecord: render_sweep,
     training_records.TrainRecord: render_train,
     training_records.EvaluateRecord: render_evaluate,
+    training_records.DistillRecord: render_distill,
 }

@@ -83,3 +83,22 @@ def render_evaluate(record: records.EvaluateRecord, console: Console, wide: bool
     spread = f"{record.latency_low_ms:.2f}–{record.latency_high_ms:.2f}, n {record.latency_runs}"
     rows.add_row(f"latency, batch of {record.batch_size} on {record.device}", f"{record.latency_ms:.2f} ms ({spread})")
     console.print(rows)
+
+
+def render_distill(record: records.DistillRecord, console: Console, wide: bool, verbose: bool) -> None:
+    """What a distillation did and measured."""
+    to = f" → {record.output}" if record.output else ""
+    console.print(f"{record.source}{to}", style="bold")
+    console.print(f"taught by {record.teacher} on {record.data}")
+    print_notes(console, record.notes)
+    rows = new_table(("", "left"), ("", "right"))
+    rows.add_row("parameters, trained", f"{record.num_params:,}, {record.trained_params:,}")
+    rows.add_row("examples, held out", f"{record.examples:,}, {record.held_out:,}")
+    early = " (the error fell no more)" if record.stopped_early else ""
+    rows.add_row("steps, epochs", f"{record.steps:,}, {record.epochs:.1f}{early}")
+    rows.add_row("time", f"{record.seconds:.1f} s on {record.device}")
+    rows.add_row(f"error of {record.compared} before", f"{record.error_before:.4f}")
+    rows.add_row("and after", f"{record.error_after:.4f}")
+    console.print(rows)
+    besides = f"; {len(record.blocks)} blocks were compared too" if record.blocks else ""
+    console.print(f"error: ‖y′ − y‖/‖y‖ on held-out examples, measured{besides}", style="dim")

@@ -9,6 +9,7 @@ from lrconvert.checkpoints import open_checkpoint
 from lrconvert.errors import LrconvertError, ModelError
 from lrconvert.loading import load
 from lrconvert.models import find_architecture
+from lrconvert.modes import evaluating
 from lrconvert.recipe import Recipe
 from lrconvert.training.data import Augment, Dataset, open_dataset
 
@@ -89,19 +90,15 @@ def check_together(model: nn.Module, dataset: Dataset, what: str = "model") -> N
         ModelError: they do not go together.
     """
     first = next(model.parameters())
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        output = model(torch.zeros(1, *dataset.input_shape, device=first.device, dtype=first.dtype))
+        with evaluating(model):
+            output = model(torch.zeros(1, *dataset.input_shape, device=first.device, dtype=first.dtype))
     except LrconvertError:
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         size = "×".join(map(str, dataset.input_shape))
         raise ModelError(f"the {what} cannot take the {size} images of {dataset.name}: {reason}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     shape = tuple(getattr(output, "shape", ()))
     if shape != (1, dataset.num_classes):
         raise ModelError(

@@ -1,11 +1,15 @@
 """Loss and accuracy of a model on a split, over all processes."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lrconvert.inputs import Call
+from lrconvert.modes import evaluating
 from lrconvert.recipe import Recipe
-from lrconvert.training.data import Loader, Source
+from lrconvert.training.data import Batch, Loader, Source
 
 
 def split_loader(source: Source, recipe: Recipe, accelerator: Accelerator) -> Loader:
@@ -35,13 +39,44 @@ def evaluate_model(model: nn.Module, loader: Loader, recipe: Recipe, accelerator
     The model is left in eval mode.
     """
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    for images, labels in loader.once():
-        labels = labels.to(accelerator.device, non_blocking=True)
+
+    def call(images: Tensor) -> Tensor:
         with accelerator.autocast():
-            logits = model(placed(images, recipe, accelerator))
+            logits: Tensor = model(placed(images, recipe, accelerator))
+        return logits
+
+    sums = _sums(call, loader.once(), accelerator.device)
+    loss, correct, count = accelerator.reduce(sums, "sum").tolist()
+    return loss / count, correct / count
+
+
+@torch.no_grad()
+def accuracy_of(model: nn.Module, source: Source, batch_size: int = 128) -> float:
+    """The share of the images in `source` that `model` puts into their class; where it is, in this process alone.
+
+    Args:
+        model: run in eval mode; its mode is restored.
+        source: labelled images, as `open_dataset` gives them.
+        batch_size: images at a time.
+    """
+
+    def call(images: Tensor) -> Tensor:
+        logits: Tensor = Call((images,), {}, len(images)).run(model)
+        return logits
+
+    with evaluating(model):
+        sums = _sums(call, Loader(source, batch_size=batch_size, seed=0).once(), next(model.parameters()).device)
+    _, correct, count = sums.tolist()
+    return correct / count
+
+
+def _sums(call: Callable[[Tensor], Tensor], batches: Iterable[Batch], device: torch.device) -> Tensor:
+    """(3,) float64 on `device`: cross entropy and right answers of `call`, and images, added up over `batches`."""
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for images, labels in batches:
+        labels = labels.to(device, non_blocking=True)
+        logits = call(images)
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
         hits = (logits.argmax(1) == labels).sum()
         sums += torch.stack((loss.double(), hits.double(), torch.full_like(loss, len(labels)).double()))
-    loss, correct, count = accelerator.reduce(sums, "sum").tolist()
-    return loss / count, correct / count
+    return sums

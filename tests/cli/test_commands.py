@@ -36,7 +36,7 @@ def _in_a_folder(tmp_path, monkeypatch):
 def test_help_and_version(cli):
     assert "factorize" in cli("--help").out
     assert cli("--version").out.startswith("lrconvert ")
-    for command in ("analyze", "factorize", "export", "compare", "info", "demo"):
+    for command in ("analyze", "factorize", "sweep", "export", "compare", "info", "demo"):
         assert cli(command, "--help").code == 0
 
 

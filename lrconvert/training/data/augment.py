@@ -76,10 +76,17 @@ class Framing:
         size: height and width; None leaves images as they are.
         crop: resize the shorter side to 256/224 of `size` and cut out the centre, as for photographs; otherwise
             resize both sides.
+
+    Raises:
+        UsageError: the size is not positive.
     """
 
     size: int | None = None
     crop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise UsageError(f"img_size must be positive, not {self.size}")
 
     def transforms(self) -> list[Transform]:
         """For one image, or a batch of one size."""

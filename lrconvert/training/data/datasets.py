@@ -13,7 +13,7 @@ from lrconvert.training.data import builtin, folders
 from lrconvert.training.data.augment import Augment, Framing, Normalization, image_transform
 from lrconvert.training.data.image_source import ImageSource
 from lrconvert.training.data.images import Images, Splits, TensorImages, hold_out
-from lrconvert.training.data.python_file import user_data
+from lrconvert.training.data.python_file import splits_of, user_data
 from lrconvert.training.data.source import MemorySource, Source
 
 
@@ -119,27 +119,95 @@ def open_dataset(
         raise UsageError(f"dataset '{name}' takes no arguments; only path/to/file.py:factory does")
     else:
         kind = DATASETS[name]
-    if img_size is not None and img_size < 1:
-        raise UsageError(f"img_size must be positive, not {img_size}")
+    framing = Framing(kind.size if img_size is None else img_size, crop=from_file or kind.size is not None)
     splits = kind.read(Path(data_dir), download)
-    train, held_out, notes = _split(splits, kind.validation if validation is None else validation, seed)
+    share = kind.validation if validation is None else validation
+    return _dataset(name, splits, kind, framing, share, mean, std, augment, seed)
 
-    framing = Framing(img_size or kind.size, crop=from_file or kind.size is not None)
-    channels, height, width = _shape(train, framing)
-    normalization = Normalization(
-        _per_channel("mean", kind.mean if mean is None else mean, channels),
-        _per_channel("std", kind.std if std is None else std, channels),
-    )
-    source = partial(_source, framing=framing, normalization=normalization, size=(height, width))
+
+def open_made(
+    name: str,
+    made: Any,
+    *,
+    img_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Dataset:
+    """The dataset of what the factory `name` made already, as `open_dataset` opens it: the same images are held out.
+
+    Args:
+        name: "path/to/file.py:factory".
+        made: what it returned.
+        img_size, mean, std: see `open_dataset`.
+
+    Raises:
+        UsageError: an argument is out of range, or does not fit the images.
+        LrconvertError: it made something else.
+    """
+    splits = splits_of(name, made)
+    kind = Kind(lambda folder, download: splits, *_AS_GIVEN)
+    return _dataset(name, splits, kind, Framing(img_size, crop=True), kind.validation, mean, std, None, 0)
+
+
+def open_images(
+    folder: str | Path,
+    *,
+    img_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Source:
+    """The images in `folder`, at any depth and with no classes, framed and normalized as the dataset "folder" is.
+
+    Args:
+        folder: where they are.
+        img_size, mean, std: see `open_dataset`.
+
+    Raises:
+        UsageError: an argument is out of range, or does not fit the images.
+        LrconvertError: there are none.
+    """
+    kind = DATASETS["folder"]
+    framing = Framing(kind.size if img_size is None else img_size, crop=True)
+    images = folders.loose_images(Path(folder))
+    source, _ = _preparation(images, kind, framing, mean, std)
+    return source(images, Augment())
+
+
+def _dataset(
+    name: str,
+    splits: Splits,
+    kind: Kind,
+    framing: Framing,
+    share: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    augment: Augment | None,
+    seed: int,
+) -> Dataset:
+    train, held_out, notes = _split(splits, share, seed)
+    source, shape = _preparation(train, kind, framing, mean, std)
     return Dataset(
         name,
         source(train, augment or Augment()),
         source(held_out, Augment()),
         None if splits.test is None else source(splits.test, Augment()),
         splits.num_classes,
-        (channels, height, width),
+        shape,
         notes,
     )
+
+
+def _preparation(
+    images: Images, kind: Kind, framing: Framing, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Callable[[Images, Augment], Source], tuple[int, int, int]]:
+    """What makes a source of images like `images`, and the (C, H, W) that it gives them."""
+    channels, height, width = _shape(images, framing)
+    normalization = Normalization(
+        _per_channel("mean", kind.mean if mean is None else mean, channels),
+        _per_channel("std", kind.std if std is None else std, channels),
+    )
+    source = partial(_source, framing=framing, normalization=normalization, size=(height, width))
+    return source, (channels, height, width)
 
 
 def _split(splits: Splits, share: float, seed: int) -> tuple[Images, Images, tuple[str, ...]]:

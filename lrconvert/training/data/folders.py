@@ -1,4 +1,4 @@
-"""Images in folders, one folder a class."""
+"""Images in folders: one folder a class, or in any order without labels."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +36,18 @@ def class_folders(folder: Path, download: bool) -> Splits:
         for part in ("val", "test")
     ]
     return Splits(_images(train, classes), rest[0], rest[1], len(classes))
+
+
+def loose_images(folder: Path) -> FileImages:
+    """Every image in `folder`, at any depth, in alphabetical order; their label is −1.
+
+    Raises:
+        LrconvertError: there is none.
+    """
+    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+    if not paths:
+        raise LrconvertError(f"{folder}: no images, here or in folders in it; {', '.join(IMG_EXTENSIONS)} are read")
+    return FileImages(paths, torch.full((len(paths),), -1))
 
 
 def _classes(folder: Path) -> Mapping[str, int]:

@@ -24,12 +24,28 @@ def user_data(file: str, factory: str, args: Mapping[str, Any]) -> Splits:
     Raises:
         LrconvertError: the file is missing or fails, or returns something else.
     """
-    name = f"{file}:{factory}"
+    return splits_of(f"{file}:{factory}", made_by(file, factory, args))
+
+
+def made_by(file: str, factory: str, args: Mapping[str, Any]) -> Any:
+    """What `factory` of the Python file `file` returns, whatever it is.
+
+    Raises:
+        LrconvertError: the file is missing or fails.
+    """
     make, _ = import_callable(file, factory, LrconvertError, "a dataset")
     try:
-        made = make(**args)
+        return make(**args)
     except (Exception, SystemExit) as error:
-        raise LrconvertError(f"{name}: fails: {type(error).__name__}: {error}") from error
+        raise LrconvertError(f"{file}:{factory}: fails: {type(error).__name__}: {error}") from error
+
+
+def splits_of(name: str, made: Any) -> Splits:
+    """The datasets that the factory `name` made; see `user_data`.
+
+    Raises:
+        LrconvertError: it made something else.
+    """
     given = _as_dict(name, made)
     parts = [_checked(f"{name}: {part}", given.get(part)) for part in PARTS]
     train = parts[0]

@@ -1,0 +1,127 @@
+"""How much faster a network runs once it is factorized for speed: torchvision models, dense and low rank, in turns.
+
+    python benchmarks/auto_speed.py [--json FILE] [--rounds 9] [--models vgg16_bn …] [--batches 1 16]
+
+Two plans for each model and batch: `--auto --for speed`, and half of the MACs, `--mac-ratio 0.5 --for speed`. They are
+made for the device, input size and batch that are measured then. Dense and low rank are in one process, channels_last,
+float32, and take turns.
+
+The weights are random, but ranks depend on spectra, and those of random weights are flat: the i-th singular value of
+every weight is therefore made proportional to i^-½. Those of trained networks fall off as fast or faster. Accuracy is
+not measured here.
+"""
+
+import argparse
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from common import environment, interleave, ratios, save, spread, summary, table, verdict
+from torch import nn
+
+import lrconvert
+from lrconvert.cost import trace
+from lrconvert.inputs import one_input
+
+IMAGE = one_input((3, 224, 224))
+MODELS = ("resnet50", "vgg16_bn", "vit_b_16")
+PLANS: dict[str, dict[str, Any]] = {"--auto": {"rule": "auto"}, "--mac-ratio 0.5": {"mac_ratio": 0.5}}
+# Least speed-up wanted; a model is never to be slower.
+TARGETS = {("vgg16_bn", "--mac-ratio 0.5"): 1.6, ("vit_b_16", "--mac-ratio 0.5"): 1.5}
+
+
+def main() -> None:
+    """Measure every case, print the speed-ups, and save the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to FILE")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--batches", nargs="+", type=int, default=(1, 16))
+    options = parser.parse_args()
+    rows = []
+    for name in options.models:
+        model = model_of(name)
+        for batch in options.batches:
+            for plan in PLANS:
+                rows.append(
+                    {"model": name, "batch": batch, "plan": plan, **measure(model, batch, plan, options.rounds)}
+                )
+                print(f"{name}, batch {batch}, {plan}", flush=True)
+    print(describe(rows))
+    save({"benchmark": "auto_speed", "environment": environment(), "rows": rows}, options.json)
+
+
+def model_of(name: str) -> nn.Module:
+    """A torchvision model whose weights have singular values that fall off as i^-½."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval().requires_grad_(False)
+    for weight in (parameter for parameter in model.parameters() if parameter.dim() > 1):
+        rows, columns = weight.flatten(1).shape
+        rank = min(rows, columns)
+        left, right = (torch.linalg.qr(torch.randn(size, rank)).Q for size in (rows, columns))
+        values = torch.arange(1, rank + 1) ** -0.5
+        values *= rows**0.5 / values.norm()  # outputs of the size of the inputs
+        weight.copy_(((left * values) @ right.T).reshape(weight.shape))
+    return model
+
+
+def measure(model: nn.Module, batch: int, plan: str, rounds: int) -> dict[str, Any]:
+    """Times and ratios for one model, batch and plan."""
+    started = time.perf_counter()
+    found = lrconvert.make_plan(
+        model,
+        **PLANS[plan],
+        goal="speed",
+        rank_multiple="auto",
+        batch_size=batch,
+        channels_last=True,
+        input_shape=(3, 224, 224),
+        device="cpu",
+    )
+    planning = time.perf_counter() - started
+    image = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    low_rank = lrconvert.factorize(copy.deepcopy(model), found, device="cpu")
+    dense, low_rank = (each.to(memory_format=torch.channels_last) for each in (copy.deepcopy(model), low_rank))
+    jobs = {"dense": lambda: dense(image), "low rank": lambda: low_rank(image)}
+    with torch.inference_mode():
+        seconds = interleave(jobs, dict.fromkeys(jobs, rounds))
+    assert found.latency is not None
+    return {
+        "planning_seconds": planning,
+        "low_rank_layers": len(found.low_rank),
+        "layers": len(found.layers),
+        "mac_ratio": trace(low_rank, IMAGE).macs / trace(model, IMAGE).macs,
+        "predicted_ratio": found.latency.predicted_ms / found.latency.dense_ms,
+        "measured_ratio": found.latency.ratio,
+        "seconds": {job: summary(values) for job, values in seconds.items()},
+        "speedup": ratios(seconds["dense"], seconds["low rank"]),
+    }
+
+
+def describe(rows: list[dict[str, Any]]) -> str:
+    """All cases as text."""
+    lines = []
+    for row in rows:
+        times = row["seconds"]
+        fastest = times["dense"]["min"] / times["low rank"]["min"]
+        target = TARGETS.get((row["model"], row["plan"]), 1)
+        lines.append(
+            [
+                f"{row['model']} batch {row['batch']} {row['plan']}",
+                f"{row['low_rank_layers']}/{row['layers']}",
+                f"{row['mac_ratio']:.2f}",
+                f"{times['dense']['median'] * 1e3:.0f} ms",
+                spread(row["speedup"], "×"),
+                f"{1 / row['predicted_ratio']:.2f}×",
+                f"{row['planning_seconds']:.0f} s",
+                verdict(row["speedup"]["median"], fastest, target),
+            ]
+        )
+    return "\n" + table(["", "layers", "MACs", "dense", "times as fast", "predicted", "planning", ""], lines)
+
+
+if __name__ == "__main__":
+    main()

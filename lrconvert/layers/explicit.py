@@ -1,0 +1,56 @@
+"""Attention and recurrent modules, for a while, made of separate products: torch's own make one call of everything."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from lrconvert.layers.attention import LowRankAttention
+from lrconvert.layers.recurrent import LowRankRecurrent
+
+
+class _Stepwise(LowRankRecurrent):
+    """Multiplies by the weights step by step, whatever is faster."""
+
+    def _steps_pay(self, input: Tensor, batch: int) -> bool:
+        return True
+
+
+@contextmanager
+def explicit(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` with every plain nn.MultiheadAttention, nn.LSTM, nn.GRU and nn.RNN computing its products one by one.
+
+    The parameters are the same objects. At the end `model` is as it was.
+    """
+    replaced = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        # A subclass, or hooks, may compute something else.
+        if type(module) in (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    ]
+    made = {id(module): _separate(module) for _, module in replaced}
+    if replaced and not replaced[0][0]:
+        yield made[id(model)]
+        return
+    try:
+        for name, module in replaced:
+            _put(model, name, made[id(module)])
+        yield model
+    finally:
+        for name, module in replaced:
+            _put(model, name, module)
+
+
+def _separate(dense: nn.Module) -> nn.Module:
+    separate = LowRankAttention(dense, {}) if isinstance(dense, nn.MultiheadAttention) else _Stepwise(dense, {})
+    for name, parameter in dense.named_parameters(recurse=False):
+        separate.register_parameter(name, parameter)
+    for name, child in dense.named_children():
+        separate.add_module(name, child)
+    return separate.train(dense.training)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,141 @@
+"""Layers taken out of a model to be timed alone: copies of them, and inputs of the sizes that they meet in it.
+
+Values do not matter for time, so no weight is copied: those of all copies are views of one block of random numbers.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lrconvert.cost import observe
+from lrconvert.inputs import Inputs
+from lrconvert.layers import Layer
+from lrconvert.layers.lowrank import without_data
+from lrconvert.plan import LayerPlan, Plan
+from lrconvert.surgery import reshape
+
+# Positional and named arguments of a call.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+# Elements between two weights in the block start at multiples of this, as an allocator would place them.
+_ALIGNMENT = 64
+
+
+def calls_of(model: nn.Module, owners: Sequence[str], inputs: Inputs, batch_size: int) -> dict[str, list[Arguments]]:
+    """By path, the arguments of every call of each module in a forward pass; tensors are on the meta device."""
+    paths = {model.get_submodule(owner): owner for owner in owners}
+    calls: dict[str, list[Arguments]] = {}
+
+    def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        calls.setdefault(paths[module], []).append((arguments, named))
+
+    observe(model, inputs, batch_size, paths, record)
+    return calls
+
+
+def alike(module: nn.Module, calls: Sequence[Arguments], layer: Layer) -> object:
+    """Equal for two weights whose modules are of one kind and shape, and are called with tensors of one shape."""
+    tensors = [leaf for leaf in tree_leaves(list(calls)) if isinstance(leaf, Tensor)]
+    # Attention is another job when queries, keys and values are one tensor.
+    first = {id(tensor): at for at, tensor in reversed(list(enumerate(tensors)))}
+    shapes = tuple((tuple(tensor.shape), first[id(tensor)]) for tensor in tensors)
+    return type(module), module.extra_repr(), layer.parameter, layer.shape, layer.groups, shapes
+
+
+def random_block(modules: Sequence[nn.Module], device: torch.device) -> Tensor:
+    """Random numbers for the parameters of any one of `modules`, dense or at ranks up to break-even."""
+    sizes = [
+        sum(parameter.numel() + 2 * _ALIGNMENT for parameter in module.parameters()) + _ALIGNMENT for module in modules
+    ]
+    return torch.randn(max(sizes, default=0), device=device).mul_(0.02)
+
+
+def copy_of(
+    module: nn.Module, ranks: Mapping[Layer, int | None], block: Tensor, channels_last: bool = False
+) -> nn.Module:
+    """A copy of `module`, with the weights in `ranks` at these ranks; those at None, and all others, are dense.
+
+    Its parameters are views of `block`, but for those that `channels_last` lays out anew; its buffers are ones.
+    """
+    decisions = []
+    for layer, rank in ranks.items():
+        path = layer.name.removeprefix(layer.owner).removeprefix(".")
+        decisions.append(LayerPlan.of(replace(layer, name=path, weight=layer.parameter), rank))
+    module = reshape(without_data(module), Plan(layers=tuple(decisions)))
+    start = 0
+    for name, parameter in list(module.named_parameters()):
+        values = block[start : start + parameter.numel()].view(parameter.shape).to(parameter.dtype)
+        _set(module, name, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        start += math.ceil(parameter.numel() / _ALIGNMENT) * _ALIGNMENT
+    for name, buffer in list(module.named_buffers()):
+        _set(module, name, torch.ones_like(buffer, device=block.device))
+    return module.to(memory_format=torch.channels_last) if channels_last else module
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, tensor)
+
+
+def with_data(call: Arguments, like: Tensor, channels_last: bool = False, requires_grad: bool = False) -> Arguments:
+    """`call` with random tensors, of the floating dtype and on the device of `like`, in the place of those without.
+
+    What was one tensor stays one tensor; whole numbers are zeros; anything that is no tensor comes back as it is.
+    """
+    made: dict[int, Tensor] = {}
+
+    def fill(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in made:
+            made[id(leaf)] = _random_like(leaf, like, channels_last, requires_grad)
+        return made[id(leaf)]
+
+    filled: Arguments = tree_map(fill, call)
+    return filled
+
+
+def _random_like(leaf: Tensor, like: Tensor, channels_last: bool, requires_grad: bool) -> Tensor:
+    if not leaf.is_floating_point():
+        return torch.zeros(leaf.shape, dtype=leaf.dtype, device=like.device)
+    tensor = torch.randn(leaf.shape, dtype=like.dtype, device=like.device)
+    if channels_last and tensor.dim() == 4:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.requires_grad_(requires_grad)
+
+
+def times_in_turns(
+    jobs: Sequence[Callable[[], object]], turns: int, device: torch.device, seconds: float = math.inf, least: int = 3
+) -> list[list[float]]:
+    """Milliseconds of each job in each turn; a turn runs all of them, so that they meet the same disturbances.
+
+    Args:
+        jobs: what to time.
+        turns: at most so many, after a first one that is not counted.
+        device: where the jobs run: they are waited for.
+        seconds: no further turn is begun once these have passed, if `least` are done.
+        least: turns that are counted in any case.
+    """
+    started = time.perf_counter()
+    times: list[list[float]] = [[] for _ in jobs]
+    for turn in range(turns + 1):
+        if turn > least and time.perf_counter() - started > seconds:
+            break
+        for job, taken in zip(jobs, times, strict=True):
+            _wait(device)
+            start = time.perf_counter()
+            job()
+            _wait(device)
+            taken.append((time.perf_counter() - start) * 1e3)
+    return [taken[1:] for taken in times]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
