@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.7,0.5,0.35,0.25")
     parser.add_argument("--no-finetune", action="store_true")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     ratios = [float(text) for text in options.ratios.split(",")]
     data = open_dataset(options.dataset, data_dir=options.data_dir, download=False)
     assert data.test is not None
