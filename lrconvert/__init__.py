@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from lrconvert.api.compare import compare
     from lrconvert.api.distill import distill
     from lrconvert.api.export import export
-    from lrconvert.api.factorize import factorize, make_plan, merge
+    from lrconvert.api.factorize import factorize, merge
     from lrconvert.api.info import info
+    from lrconvert.api.make_plan import make_plan
     from lrconvert.api.sweep import sweep
     from lrconvert.api.train import evaluate, finetune, train
     from lrconvert.checkpoints.plan_file import save_plan
@@ -78,7 +79,7 @@ _HOME = {
     "info": "api.info",
     "load": "loading",
     "load_plan": "plan",
-    "make_plan": "api.factorize",
+    "make_plan": "api.make_plan",
     "merge": "api.factorize",
     "save": "loading",
     "save_plan": "checkpoints.plan_file",

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lrconvert.api.analyze import analyze, analyze_record
 from lrconvert.api.export import export
-from lrconvert.api.factorize import factorize, make_plan
+from lrconvert.api.factorize import factorize
+from lrconvert.api.make_plan import make_plan
 from lrconvert.api.train import finetune, train
 from lrconvert.checkpoints.atomic import check_writable
 from lrconvert.cost import measure_latency, trace

@@ -13,8 +13,8 @@ from lrconvert.allocation import FloatArray
 from lrconvert.analysis import Progress, analyze_layers
 from lrconvert.api.cache import Cache
 from lrconvert.api.calibrate import calibrate
-from lrconvert.api.factorize import data_aware
 from lrconvert.api.identity import data_key, network_key
+from lrconvert.api.make_plan import data_aware
 from lrconvert.api.validation import Validation, tried
 from lrconvert.bench import Bench, factorized
 from lrconvert.calibration import Calibration

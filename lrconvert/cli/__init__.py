@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -91,6 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if result == _INTERRUPTED:
         return _fail("interrupted", _INTERRUPTED)
     return result if isinstance(result, int) else 0
+
+
+def run() -> NoReturn:
+    """Run the command line as a process of its own."""
+    code = main()
+    if code == _INTERRUPTED:
+        # Threads may still be in the middle of a product, and an interpreter that ends under them aborts.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _fail(message: str, code: int) -> int:
