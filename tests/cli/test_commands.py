@@ -259,7 +259,12 @@ def test_an_interrupt_exits_with_130_and_leaves_nothing(tmp_path):
     lrconvert.save_plan(Plan(layers=tuple(layers)), tmp_path / "plan.json")
     arguments = ["factorize", "large.safetensors", "-o", "out.safetensors", "--plan", "plan.json"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "lrconvert", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "lrconvert", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it runs in the background with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.safetensors.*")):
