@@ -13,8 +13,8 @@ from torch import nn
 from lrconvert import rewrite
 from lrconvert.inputs import Inputs, examples
 from lrconvert.plan import Plan
-from lrconvert.single_layers import times_in_turns
 from lrconvert.surgery import reshape
+from lrconvert.timer import times_in_turns
 
 MOST_TURNS, FEWEST_TURNS = 20, 3
 

@@ -7,8 +7,6 @@ layers grow. A new budget or allocator is one entry here.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from lrconvert.allocation import FloatArray
 from lrconvert.errors import UnknownNameError, UsageError
 from lrconvert.ranks import Evidence
@@ -112,10 +110,7 @@ class Allocator:
 
 def error_curve(evidence: Evidence) -> FloatArray:
     """‖W − W_r‖² at every rank r from 0 to full rank (full_rank + 1,): what the singular values left out add up to."""
-    energies = (evidence.spectrum.values**2).sum(dim=0)
-    # Summed from the smallest, so that the small end keeps its digits.
-    tails = energies.flip(0).cumsum(0).flip(0)
-    curve: FloatArray = torch.cat([tails, tails.new_zeros(1)]).numpy()
+    curve: FloatArray = evidence.spectrum.tail_energies().numpy()
     return curve
 
 
@@ -137,3 +132,5 @@ ALLOCATORS: Mapping[str, Allocator] = {
     "sensitivity": Allocator("the same, corrected by what low ranks of each layer were measured to do", None),
     "uniform": Allocator("one rank ratio for all layers", error_curve, lambda evidence: evidence.layer.full_rank),
 }
+# Those who go by what a calibration knows.
+FROM_EXAMPLES = tuple(name for name, allocator in ALLOCATORS.items() if allocator.curve is None)

@@ -5,9 +5,7 @@ a parent that reads the weight. The output y of the network is projected on rand
 differentiated once: without labels, E[g gᵀ] of what arrives at a layer says how its outputs move those of the network.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from lrconvert.allocation import FloatArray
 from lrconvert.errors import UsageError
@@ -23,7 +20,8 @@ from lrconvert.heads import Head
 from lrconvert.inputs import Call
 from lrconvert.layers import COMPOSITE_KINDS, Layer
 from lrconvert.layers.explicit import explicit
-from lrconvert.modes import evaluating
+from lrconvert.modes import at_rest
+from lrconvert.outputs import floats_in, shown, token_mask
 from lrconvert.products import Product, product_of
 from lrconvert.response import Response
 
@@ -45,7 +43,6 @@ class Calibration:
             output for one example, and may be added over layers; else they are each layer's own.
         measured: by layer name, what `lrconvert.sensitivity` measured, where it was asked to.
         output_energy: mean ‖y‖² of the network's (first) output for one example.
-        seconds: how long it took.
         notes: where the examples come from, in words.
     """
 
@@ -53,7 +50,6 @@ class Calibration:
     examples: int
     two_sided: bool
     output_energy: float
-    seconds: float
     measured: Mapping[str, FloatArray] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -61,12 +57,17 @@ class Calibration:
         """By layer name, predicted squared error of the output at every rank (full_rank + 1,), from 0 up."""
         curves = {}
         for name, response in self.responses.items():
-            energies = (response.spectrum.values**2).sum(dim=0)
-            if not self.two_sided and float(energies.sum()):
-                energies = energies / energies.sum()  # in units of its own: relative errors can be compared at least
-            tails = energies.flip(0).cumsum(0).flip(0)
-            curves[name] = torch.cat([tails, tails.new_zeros(1)]).numpy()
+            tails = response.spectrum.tail_energies()
+            if not self.two_sided and float(tails[0]):
+                tails = tails / tails[0]  # in units of its own: relative errors can be compared at least
+            curves[name] = tails.numpy()
         return curves
+
+    def curves_for(self, allocator: str) -> Mapping[str, FloatArray] | None:
+        """The curves that an allocator of `lrconvert.budget.FROM_EXAMPLES` goes by; None for any other."""
+        if allocator == "output_error":
+            return self.curves()
+        return self.measured if allocator == "sensitivity" else None
 
 
 def calibrate(
@@ -100,54 +101,36 @@ def calibrate(
     Raises:
         UsageError: there are no calls, or their output holds no floating-point numbers.
     """
-    started = time.perf_counter()
     if not calls:
         raise UsageError("calibration needs examples, and there are none")
-    home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # Of a file with older keys than the model's some layers have no parameter of their name.
     watched = [layer for layer in layers if can_respond(layer) and layer.weight in parameters]
     examples = sum(call.size for call in calls)
     responses: dict[str, Response] = {}
     energy = 0.0
-    try:
-        with at_rest(model.to(device or home)), explicit(model) as running:
-            for part in _parts(watched, memory):
-                energy, generator = 0.0, torch.Generator().manual_seed(seed)
-                moments = [_Moments(layer, two_sided, projections, len(calls)) for layer in part]
-                watch = _Watch({id(parameters[each.layer.weight]): each for each in moments})
-                for call in calls:
-                    watch.mask = mask_of(call, device or home)
-                    with torch.set_grad_enabled(two_sided), watch:
-                        output = output_of(running, call, head)
-                    energy += float((output.detach().double() ** 2).sum())
-                    for left in reversed(range(projections if output.requires_grad else 0)):
-                        z = torch.randn(output.shape, generator=generator).to(output)
-                        torch.autograd.backward(output, z / projections**0.5, retain_graph=left > 0)
-                    if progress:
-                        progress()
-                responses |= watch.responses(examples)
-    finally:
-        model.to(home)
-    return Calibration(responses, examples, two_sided, energy / examples, time.perf_counter() - started)
+    with at_rest(model, device=device) as here, explicit(model) as running:
+        for part in _parts(watched, memory):
+            energy, generator = 0.0, torch.Generator().manual_seed(seed)
+            moments = [_Moments(layer, two_sided, projections, len(calls)) for layer in part]
+            watch = _Watch({id(parameters[each.layer.weight]): each for each in moments})
+            for call in calls:
+                watch.mask = token_mask(call, here)
+                with torch.set_grad_enabled(two_sided), watch:
+                    output = output_of(running, call, head)
+                energy += float((output.detach().double() ** 2).sum())
+                for left in reversed(range(projections if output.requires_grad else 0)):
+                    z = torch.randn(output.shape, generator=generator).to(output)
+                    torch.autograd.backward(output, z / projections**0.5, retain_graph=left > 0)
+                if progress:
+                    progress()
+            responses |= watch.responses(examples)
+    return Calibration(responses, examples, two_sided, energy / examples)
 
 
 def can_respond(layer: Layer) -> bool:
     """Whether calibration knows what the weight of `layer` meets."""
     return layer.view == "channel" and layer.kind != "embedding" and not layer.kind.startswith("conv_transpose")
-
-
-@contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """While it lasts, `model` is in eval mode and its parameters want no gradients."""
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with evaluating(model):
-        try:
-            model.requires_grad_(False)
-            yield
-        finally:
-            for parameter, flag in wanted.items():
-                parameter.requires_grad_(flag)
 
 
 def _parts(layers: Sequence[Layer], memory: int) -> Iterator[list[Layer]]:
@@ -165,14 +148,8 @@ def _parts(layers: Sequence[Layer], memory: int) -> Iterator[list[Layer]]:
         yield part
 
 
-def mask_of(call: Call, device: torch.device) -> Tensor | None:
-    """Which tokens (batch, length) count, as booleans, where the call says so."""
-    mask = call.kwargs.get("attention_mask")
-    return mask.to(device).bool() if mask is not None and mask.dim() == 2 else None
-
-
 def output_of(model: nn.Module, call: Call, head: Head | None = None) -> Tensor:
-    """The first floating-point tensor that `model` returns, logits or hidden states; zero for tokens that are hidden.
+    """The first floating-point tensor that `model` returns, logits or hidden states, without tokens that are hidden.
 
     With a `head`, what that makes of all that `model` returns.
 
@@ -180,17 +157,11 @@ def output_of(model: nn.Module, call: Call, head: Head | None = None) -> Tensor:
         UsageError: it returns none.
     """
     returned = call.run(model)
-    if head is not None:
-        return head(returned, call.kwargs.get("attention_mask"))
-    leaves = tree_leaves(dict(returned) if isinstance(returned, Mapping) else returned)
-    output = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
-    if output is None:
+    outputs = floats_in(returned)
+    if not outputs:
         raise UsageError(f"the network returned {type(returned).__name__} without a floating-point tensor in it")
-    mask = mask_of(call, output.device)
-    # (batch, length) alone could be logits of as many classes as there are tokens.
-    if mask is None or output.dim() < 3 or output.shape[:2] != mask.shape:
-        return output
-    return output * mask.reshape(*mask.shape, *[1] * (output.dim() - 2))
+    mask = token_mask(call, outputs[0].device)
+    return shown(outputs[0], mask) if head is None else head(returned, mask)
 
 
 class _Moments:

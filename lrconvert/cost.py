@@ -1,13 +1,11 @@
-"""What a network costs: the order its layers run in, multiply-accumulates, and measured latency.
+"""What a network costs: the order its layers run in, and multiply-accumulates.
 
 Convention for MACs: multiply-accumulates of matrix products and convolutions for one forward pass, attention's own
 products included; additions of biases, normalisation, activations and pooling are not counted.
 """
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -112,43 +110,3 @@ def _positions(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> in
         output = output[0]
     channels = getattr(module, "out_channels", None)
     return output.numel() // int(channels or output.shape[-1])
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Measured time of one call.
-
-    Attributes:
-        median_ms: median over the calls, milliseconds.
-        low_ms, high_ms: first and third quartile.
-        n: calls measured.
-    """
-
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    n: int
-
-
-def measure_latency(calls: Sequence[Callable[[], object]], n: int = 20, warm_up: int = 3) -> list[Latency]:
-    """Time several calls in turn, A B A B …, so that a change in the machine's speed meets all of them.
-
-    Args:
-        calls: what to time; on a GPU each call must end with a synchronisation.
-        n: how often each is timed.
-        warm_up: untimed calls of each first.
-    """
-    for _ in range(warm_up):
-        for call in calls:
-            call()
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(n):
-        for call, seconds in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-    results = []
-    for seconds in times:
-        low, median, high = statistics.quantiles(seconds, n=4) if n > 1 else seconds * 3
-        results.append(Latency(median * 1e3, low * 1e3, high * 1e3, n))
-    return results

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lrconvert.errors import ModelError
 from lrconvert.inputs import Call
 from lrconvert.modes import evaluating
+from lrconvert.outputs import floats_in, shown, token_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +51,9 @@ def outputs_of(model: nn.Module, calls: Iterable[Call]) -> Iterator[Output]:
     for call in calls:
         with evaluating(model), torch.no_grad():
             returned = call.run(model)
-        mask = call.kwargs.get("attention_mask")
-        floats = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        yield Output(tuple(_shown(tensor, mask) for tensor in floats), _logits(returned))
+        floats = floats_in(returned)
+        mask = token_mask(call, floats[0].device) if floats else None
+        yield Output(tuple(shown(tensor, mask) for tensor in floats), _logits(returned))
 
 
 def fidelity(got: Iterable[Output], wanted: Iterable[Output]) -> Fidelity:
@@ -69,28 +69,31 @@ def fidelity(got: Iterable[Output], wanted: Iterable[Output]) -> Fidelity:
     Raises:
         ModelError: the outputs differ in number or shape.
     """
-    difference = size = 0.0
     same = logits = 0
-    for mine, theirs in zip(got, wanted, strict=True):
-        shapes = [[tuple(tensor.shape) for tensor in output.tensors] for output in (mine, theirs)]
-        if shapes[0] != shapes[1]:
-            raise ModelError(f"outputs of shapes {shapes[0]} cannot be compared with outputs of shapes {shapes[1]}")
-        for y_new, y in zip(mine.tensors, theirs.tensors, strict=True):
-            y = y.double()
-            difference += float((y_new.to(y) - y).square().sum())
-            size += float(y.square().sum())
-        if mine.logits is not None and theirs.logits is not None:
-            same += int((mine.logits.argmax(1) == theirs.logits.argmax(1).to(mine.logits.device)).sum())
-            logits += len(theirs.logits)
-    return Fidelity(math.sqrt(difference / (size or 1.0)), same / logits if logits else None)
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal same, logits
+        for mine, theirs in zip(got, wanted, strict=True):
+            shapes = [[tuple(tensor.shape) for tensor in output.tensors] for output in (mine, theirs)]
+            if shapes[0] != shapes[1]:
+                raise ModelError(f"outputs of shapes {shapes[0]} cannot be compared with outputs of shapes {shapes[1]}")
+            yield from zip(mine.tensors, theirs.tensors, strict=True)
+            if mine.logits is not None and theirs.logits is not None:
+                same += int((mine.logits.argmax(1) == theirs.logits.argmax(1).to(mine.logits.device)).sum())
+                logits += len(theirs.logits)
+
+    error = distance(pairs())
+    return Fidelity(error, same / logits if logits else None)
 
 
-def _shown(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """The places (tokens, …) of a tensor (examples, length, …) that the mask (examples, length) does not hide."""
-    # (examples, length) alone could be logits of as many classes as there are tokens.
-    if mask is None or tensor.ndim < 3 or tensor.shape[:2] != mask.shape:
-        return tensor
-    return tensor[mask.bool().to(tensor.device)]
+def distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """‖y′ − y‖ / ‖y‖ over all pairs (y′, y) of tensors together; ‖y′‖ where y is zero."""
+    difference = size = 0.0
+    for mine, y in pairs:
+        y = y.double()
+        difference += float((mine.to(y) - y).square().sum())
+        size += float(y.square().sum())
+    return math.sqrt(difference / (size or 1.0))
 
 
 def _logits(returned: Any) -> Tensor | None:

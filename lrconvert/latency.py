@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from lrconvert.bench import FEWEST_TURNS, MOST_TURNS, Bench
 from lrconvert.layers import Layer
 from lrconvert.plan import Plan
-from lrconvert.single_layers import Arguments, alike, calls_of, copy_of, random_block, times_in_turns, with_data
+from lrconvert.single_layers import Arguments, alike, calls_of, copy_of, random_block, with_data
+from lrconvert.timer import times_in_turns
 
 # Times are taken at multiples of this. Vector units and tensor cores work on so many numbers at once, or fewer: with
 # AVX-512 a 3×3 convolution takes as long at rank 8 as at rank 16, and times between two multiples lie above their line.
@@ -59,24 +59,13 @@ class LatencyTable:
         layers: by name; layers that are never called, or that no rank makes smaller, are missing.
         model_ms: of the whole dense model.
         measured_on: device, threads and batch.
-        seconds: how long measuring took.
         scale: what factorized layers save in the model, as a share of what they save alone; see `corrected`.
     """
 
     layers: Mapping[str, LayerLatency]
     model_ms: float
     measured_on: str
-    seconds: float
     scale: float = 1.0
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The table that `dataclasses.asdict` made plain data of, perhaps by way of JSON."""
-        layers = {
-            name: LayerLatency(each["dense_ms"], tuple(each["ranks"]), tuple(each["ms"]))
-            for name, each in state["layers"].items()
-        }
-        return cls(**{**state, "layers": layers})
 
     def layer_ms(self, name: str, rank: int | None) -> float:
         """Time that the layer `name` takes of the model's at `rank`, None for dense; 0 for one that is missing."""
@@ -107,7 +96,6 @@ def measure(model: nn.Module, layers: Sequence[Layer], bench: Bench, seconds: fl
         seconds: about how long the layers may take, all together. Slow ones are timed less often and at fewer ranks,
             but never less than three times at three ranks.
     """
-    started = time.perf_counter()
     weights: dict[str, list[Layer]] = {}
     for layer in layers:
         if layer.break_even_rank:
@@ -132,7 +120,7 @@ def measure(model: nn.Module, layers: Sequence[Layer], bench: Bench, seconds: fl
     # Together the layers cannot take longer than the model: where they do, the machine was busier when they were timed.
     alone = sum(latency.dense_ms for latency in found.values())
     scale = min(1.0, model_ms / alone) if alone else 1.0
-    return LatencyTable(found, model_ms, str(bench), time.perf_counter() - started, scale)
+    return LatencyTable(found, model_ms, str(bench), scale)
 
 
 @dataclass(frozen=True)

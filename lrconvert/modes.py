@@ -1,8 +1,9 @@
-"""Training and eval mode: a model is looked at in eval mode, and comes back as it was."""
+"""The state a model is looked at in, eval mode or more; it comes back as it was."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -16,3 +17,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def at_rest(
+    model: nn.Module, trained: Iterable[nn.Parameter] = (), device: torch.device | None = None
+) -> Iterator[torch.device]:
+    """While it lasts, `model` is in eval mode on `device`, its own if None, with gradients for `trained` alone.
+
+    Yields:
+        The device. Afterwards the model is where and as it was; gradients of `trained` are gone.
+    """
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    home = next((parameter.device for parameter in wanted), torch.device("cpu"))
+    trained = tuple(trained)
+    try:
+        model.to(device or home).requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        with evaluating(model):
+            yield device or home
+    finally:
+        for parameter in trained:
+            parameter.grad = None
+        model.to(home)
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from lrconvert.inputs import Inputs
 from lrconvert.layers import Layer
 from lrconvert.plan import units
-from lrconvert.single_layers import Arguments, alike, calls_of, copy_of, random_block, times_in_turns, with_data
+from lrconvert.single_layers import Arguments, alike, calls_of, copy_of, random_block, with_data
+from lrconvert.timer import times_in_turns
 
 
 @dataclass(frozen=True)

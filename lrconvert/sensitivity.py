@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lrconvert.allocation import FloatArray
-from lrconvert.calibration import Calibration, at_rest, output_of
+from lrconvert.calibration import Calibration, output_of
 from lrconvert.heads import Head
 from lrconvert.inputs import Call
 from lrconvert.layers import Layer
+from lrconvert.modes import at_rest
 from lrconvert.response import Response
 
 # Ranks that are measured, as shares of the break-even rank.

@@ -4,8 +4,7 @@ Values do not matter for time, so no weight is copied: those of all copies are v
 """
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -108,34 +107,3 @@ def _random_like(leaf: Tensor, like: Tensor, channels_last: bool, requires_grad:
     if channels_last and tensor.dim() == 4:
         tensor = tensor.contiguous(memory_format=torch.channels_last)
     return tensor.requires_grad_(requires_grad)
-
-
-def times_in_turns(
-    jobs: Sequence[Callable[[], object]], turns: int, device: torch.device, seconds: float = math.inf, least: int = 3
-) -> list[list[float]]:
-    """Milliseconds of each job in each turn; a turn runs all of them, so that they meet the same disturbances.
-
-    Args:
-        jobs: what to time.
-        turns: at most so many, after a first one that is not counted.
-        device: where the jobs run: they are waited for.
-        seconds: no further turn is begun once these have passed, if `least` are done.
-        least: turns that are counted in any case.
-    """
-    started = time.perf_counter()
-    times: list[list[float]] = [[] for _ in jobs]
-    for turn in range(turns + 1):
-        if turn > least and time.perf_counter() - started > seconds:
-            break
-        for job, taken in zip(jobs, times, strict=True):
-            _wait(device)
-            start = time.perf_counter()
-            job()
-            _wait(device)
-            taken.append((time.perf_counter() - start) * 1e3)
-    return [taken[1:] for taken in times]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -79,6 +79,13 @@ class Spectrum:
         entropies = -torch.xlogy(shares, shares).sum(dim=1)
         return 0.0 if self.is_zero else float(entropies.exp().max())
 
+    def tail_energies(self) -> Tensor:
+        """Σσ² of all groups without each one's first r values, at every r from 0 to full rank (full_rank + 1,)."""
+        energies = (self.values**2).sum(dim=0)
+        # Summed from the smallest, so that the small end keeps its digits.
+        tails = energies.flip(0).cumsum(0).flip(0)
+        return torch.cat([tails, tails.new_zeros(1)])
+
     def error(self, rank: int) -> float:
         """‖W − W_r‖ / ‖W‖ of the best approximation of `rank` per group (Eckart–Young); 0 for a zero weight."""
         total = float((self.values**2).sum())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrconvert.cost import measure_latency, trace
+from lrconvert.cost import trace
 from lrconvert.inputs import one_input
 from lrconvert.plan import LayerPlan, Plan
 from lrconvert.surgery import factorize_module
@@ -86,11 +86,3 @@ def test_fast_path_setting_is_restored():
     before = torch.backends.mha.get_fastpath_enabled()
     trace(nn.Linear(2, 2), one_input((2,)))
     assert torch.backends.mha.get_fastpath_enabled() is before
-
-
-def test_latency_is_measured_in_turn():
-    calls = []
-    one, two = measure_latency([lambda: calls.append("a"), lambda: calls.append("b")], n=4, warm_up=1)
-    assert calls == ["a", "b"] * 5
-    assert one.n == two.n == 4
-    assert 0 <= one.low_ms <= one.median_ms <= one.high_ms

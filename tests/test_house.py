@@ -13,9 +13,9 @@ PACKAGE = Path(lrconvert.__file__).parent
 
 # Rooms from the ground up: a room may import its own floor and those below it.
 FLOORS = [
-    {"errors", "noise", "allocation", "heads"},
+    {"errors", "noise", "allocation", "heads", "timer"},
     {"recipe", "recipes"},
-    {"hardware", "inputs", "layers", "modes", "parallel", "patterns", "tensors"},
+    {"hardware", "inputs", "layers", "modes", "outputs", "parallel", "patterns", "tensors"},
     {"spectrum", "stable_rank"},
     {"ranks", "cost", "budget", "fidelity", "products", "response"},
     {"plan", "plan_budget", "rewrite", "views"},

@@ -1,9 +1,9 @@
-"""Eval mode for a while: every module gets its own mode back, whatever happens."""
+"""Eval mode and rest for a while: a model comes back as it was, whatever happens."""
 
 import pytest
 import torch
 
-from lrconvert.modes import evaluating
+from lrconvert.modes import at_rest, evaluating
 
 
 def test_every_module_gets_its_mode_back_even_after_an_error():
@@ -20,3 +20,25 @@ def test_every_module_gets_its_mode_back_even_after_an_error():
     with pytest.raises(KeyError):
         fail()
     assert [module.training for module in model.modules()] == before
+
+
+def test_a_model_at_rest_trains_only_what_it_is_told_and_comes_back_with_its_gradients():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Dropout())
+    model[0].bias.requires_grad_(False)
+    model[1].weight.grad = torch.ones(2, 2)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+
+    def fail():
+        with at_rest(model, [model[0].bias]) as device:
+            assert device == torch.device("cpu")
+            assert [parameter.requires_grad for parameter in model.parameters()] == [False, True, False, False]
+            assert not model[2].training
+            model(torch.ones(1, 2)).sum().backward()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert model[2].training
+    assert model[0].bias.grad is None
+    assert torch.equal(model[1].weight.grad, torch.ones(2, 2))

@@ -1,47 +1,14 @@
-"""Layers taken out of a model: their copies, their inputs, and what counts of their times."""
+"""Layers taken out of a model: their copies and their inputs."""
 
 import pytest
 import torch
 from torch import nn
 
-import lrconvert.single_layers
 from lrconvert.inputs import Input, one_input
 from lrconvert.layers.survey import layers_of_module
-from lrconvert.single_layers import alike, calls_of, copy_of, random_block, times_in_turns, with_data
+from lrconvert.single_layers import alike, calls_of, copy_of, random_block, with_data
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands still but for the jobs that move it: a list of one number, seconds."""
-    now = [0.0]
-    monkeypatch.setattr(lrconvert.single_layers.time, "perf_counter", lambda: now[0])
-    return now
-
-
-def job(clock, seconds, log=None):
-    rest = iter(seconds)
-
-    def run():
-        clock[0] += next(rest)
-        if log is not None:
-            log[0].append(log[1])
-
-    return run
-
-
-def test_jobs_take_turns_and_the_first_turn_does_not_count(clock):
-    log = []
-    jobs = [job(clock, [9, 0.001, 0.002], (log, "a")), job(clock, [9, 0.003, 0.004], (log, "b"))]
-    assert times_in_turns(jobs, 2, CPU) == [pytest.approx([1, 2]), pytest.approx([3, 4])]
-    assert log == ["a", "b"] * 3
-
-
-def test_slow_jobs_get_fewer_turns_but_some(clock):
-    assert times_in_turns([job(clock, [1.0] * 9)], 8, CPU, seconds=5) == [pytest.approx([1000] * 5)]
-    assert times_in_turns([job(clock, [1.0] * 9)], 8, CPU, seconds=0) == [pytest.approx([1000] * 3)]
-    assert times_in_turns([job(clock, [1.0] * 9)], 8, CPU, seconds=0, least=1) == [pytest.approx([1000])]
 
 
 class Twice(nn.Module):

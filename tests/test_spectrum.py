@@ -97,6 +97,11 @@ def test_truncation_error_is_the_dropped_tail(shape, rank):
     assert error == pytest.approx(spectrum.error(rank), abs=1e-5)
 
 
+def test_tail_energies_of_a_spectrum_of_two_groups_by_hand():
+    values = torch.tensor([[3.0, 2.0], [1.0, 0.5]], dtype=torch.float64)
+    assert Spectrum(values, (values**2).sum(1)).tail_energies().tolist() == [14.25, 4.25, 0.0]
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("shape", [(300, 700), (700, 300), (512, 512), (768, 3072)], ids=str)
 def test_truncation_is_within_1e4_of_the_best(shape, decay):

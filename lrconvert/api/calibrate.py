@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lrconvert import calibration as numbers
@@ -13,7 +12,7 @@ from lrconvert.errors import UsageError
 from lrconvert.heads import sentence_head
 from lrconvert.loading import model_of
 from lrconvert.network import Source, open_network
-from lrconvert.samples import read_samples
+from lrconvert.samples import Call, Samples, read_samples
 from lrconvert.sensitivity import measured_curves
 from lrconvert.views import split
 
@@ -25,27 +24,19 @@ _OF_EMBEDDINGS = 4
 
 def calibrate(
     source: Source,
-    data: str,
+    data: str | Sequence[Call],
     *,
-    count: int = 256,
-    batch_size: int = 32,
-    skip: int = 0,
     seed: int = 0,
     splits: Mapping[str, int] | None = None,
     two_sided: bool = True,
     projections: int | None = None,
     measure: bool = False,
-    data_dir: str | Path = "data",
-    download: bool = True,
-    img_size: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    max_tokens: int = 128,
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
+    **reading: Any,
 ) -> Calibration:
     """Run a dense network on examples, for `make_plan(…, calibration=…)` and `factorize(…, calibration=…)`.
 
@@ -53,14 +44,16 @@ def calibrate(
 
     Args:
         source: a checkpoint's path or a live model.
-        data: where the examples come from, see `lrconvert.samples.read_samples`; labels are not needed.
-        count, batch_size, skip, seed, data_dir, download, img_size, mean, std, max_tokens: likewise.
+        data: examples without labels: what `lrconvert.samples.read_samples` reads, or calls of the model.
+        seed: of the choice of examples, and of the projections.
         splits: of layers that will be factorized in parts, see `make_plan`.
         two_sided: differentiate too, so that errors of all layers are in one unit; one backward pass a batch.
         projections: backward passes a batch; more of them, less noise in what is known of the gradients. None for one,
             and for four where the output is one embedding a text.
         measure: also measure what low ranks of each layer alone do to the output, for the allocator "sensitivity".
         model, model_args, input_shape, device, progress: see `analyze`.
+        **reading: how many examples, and how they are prepared: what else `read_samples` takes (count, batch_size,
+            data_dir, …).
 
     Raises:
         UsageError: the source is a graph, or the network cannot be called with this data.
@@ -69,20 +62,12 @@ def calibrate(
     network = open_network(source, model, model_args, input_shape)
     if network.checkpoint is not None and network.checkpoint.graph is not None:
         raise UsageError(f"{network.name} is a graph, which cannot be calibrated: factorize the model it came from")
-    samples = read_samples(
-        data,
-        network,
-        count=count,
-        batch_size=batch_size,
-        skip=skip,
-        seed=seed,
-        data_dir=data_dir,
-        download=download,
-        img_size=img_size,
-        mean=mean,
-        std=std,
-        max_tokens=max_tokens,
-    )
+    if isinstance(data, str):
+        samples = read_samples(data, network, seed=seed, **reading)
+    elif reading:
+        raise UsageError(f"{', '.join(reading)}: calls are taken as they are")
+    else:
+        samples = Samples(tuple(data), (f"{sum(call.size for call in data):,} examples",))
     network = replace(network, layers=split(network.layers, tuple((splits or {}).items())))
     live, where = model_of(network), resolve_device(device)
     folder = network.checkpoint.path if network.checkpoint is not None else None
@@ -100,7 +85,7 @@ def calibrate(
         progress=advance,
     )
     if not found.responses:
-        raise UsageError(f"calibration on {data} met no weight that can be factorized")
+        raise UsageError(f"calibration on {samples.notes[0]} met no weight that can be factorized")
     found = replace(found, notes=samples.notes)
     if measure:
         layers = [layer for layer in network.layers if layer.name in found.responses and not layer.dense_reason]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from lrconvert.checkpoints import Checkpoint, open_checkpoint
-from lrconvert.cost import Latency, measure_latency
 from lrconvert.errors import CheckpointError
 from lrconvert.exporters.check import tensors_in
 from lrconvert.factorization import merged_weight, replacements
@@ -17,6 +16,7 @@ from lrconvert.network import Network, open_network
 from lrconvert.plan import LayerPlan
 from lrconvert.report.record import CompareRecord, LayerDifference, Side
 from lrconvert.tensors import relative_difference
+from lrconvert.timer import Latency, latencies
 
 
 def compare(
@@ -146,7 +146,7 @@ def _run_both(
     with torch.no_grad():
         outputs = [torch.cat([out.flatten() for out in tensors_in(model(*arguments, **names))]) for model in models]
         calls = [lambda model=model: model(*arguments, **names) for model in models]
-        times = measure_latency(calls)
+        times = latencies(calls)
     note = f"CPU, {torch.get_num_threads()} threads, float32, batch {batch_size}, median of {times[0].n}, in turn"
     same = outputs[0].shape == outputs[1].shape
     return relative_difference(outputs[1], outputs[0]) if same else None, note, _timed(sides, times)

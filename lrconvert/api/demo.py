@@ -12,11 +12,12 @@ from lrconvert.api.factorize import factorize
 from lrconvert.api.make_plan import make_plan
 from lrconvert.api.train import finetune, train
 from lrconvert.checkpoints.atomic import check_writable
-from lrconvert.cost import measure_latency, trace
+from lrconvert.cost import trace
 from lrconvert.inputs import one_input
 from lrconvert.loading import load
 from lrconvert.models.zoo.digits_cnn import INPUT_SHAPE
 from lrconvert.report.record import DemoRecord, DemoStep, Record
+from lrconvert.timer import latencies
 from lrconvert.training.data import Loader, open_dataset
 from lrconvert.training.folder import BEST
 
@@ -120,7 +121,7 @@ def _measure(
     ]
     batch = test[0][:BATCH_SIZE]
     with torch.no_grad():
-        times = measure_latency([lambda call=call: call(batch) for *_, call in rows], n=100)  # type: ignore[misc]
+        times = latencies([lambda call=call: call(batch) for *_, call in rows], n=100)  # type: ignore[misc]
         steps = tuple(
             DemoStep(
                 name=name,

@@ -165,9 +165,9 @@ def _curves(budget: Budget, calibration: Calibration, layers: Iterable[Layer]) -
     """What `layers` err at every rank, where the allocator of `budget` takes it from `calibration`."""
     if budget.allocator == "sensitivity" and not calibration.measured:
         raise UsageError("--allocator sensitivity needs measurements: calibrate(…, measure=True)")
-    if budget.allocator not in ("output_error", "sensitivity"):
+    curves = calibration.curves_for(budget.allocator)
+    if curves is None:
         return None
-    curves = calibration.curves() if budget.allocator == "output_error" else calibration.measured
     known = [layer.name for layer in layers if matches_response(layer, calibration.responses)]
     return {name: curves[name] for name in known if name in curves}
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from lrconvert.checkpoints import open_checkpoint
-from lrconvert.cost import measure_latency
 from lrconvert.errors import UsageError
 from lrconvert.loading import load
 from lrconvert.network import open_network
 from lrconvert.recipe import Recipe, load_recipe, make_recipe
 from lrconvert.recipes import find_recipe
 from lrconvert.report.record_training import EvaluateRecord, TrainRecord
+from lrconvert.timer import latencies
 from lrconvert.training.build import check_together, dataset_of
 from lrconvert.training.evaluation import evaluate_model, placed, split_loader
 from lrconvert.training.events import Listener
@@ -135,10 +135,8 @@ def evaluate(
         def call() -> None:
             with torch.no_grad(), accelerator.autocast():
                 found(batch)
-            if accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
 
-        latency = measure_latency([call], n=latency_runs)[0]
+        latency = latencies([call], latency_runs, device=accelerator.device)[0]
         return EvaluateRecord(
             source=str(checkpoint),
             model=network.architecture.name if network.architecture else None,

@@ -17,6 +17,7 @@ from lrconvert.api.identity import data_key, network_key
 from lrconvert.api.make_plan import data_aware
 from lrconvert.api.validation import Validation, tried
 from lrconvert.bench import Bench, factorized
+from lrconvert.budget import FROM_EXAMPLES
 from lrconvert.calibration import Calibration
 from lrconvert.errors import LrconvertError
 from lrconvert.fidelity import Output, fidelity, outputs_of
@@ -103,8 +104,7 @@ class Trials:
 
     def curves(self, allocator: str) -> Mapping[str, FloatArray] | None:
         """What layers err at every rank in the eyes of `allocator`, where that takes it from examples; else None."""
-        name = {"output_error": "predicted", "sensitivity": "measured"}.get(allocator)
-        return self._curves[name] if name is not None and self.examples is not None else None
+        return None if self.examples is None else self._curves.get(allocator)
 
     @property
     def output_curves(self) -> Mapping[str, FloatArray]:
@@ -115,7 +115,7 @@ class Trials:
         if self.examples is None:
             return {}
         energy = self._calibrated["output_energy"]
-        return {name: curve / energy for name, curve in self._curves["predicted"].items()} if energy else {}
+        return {name: curve / energy for name, curve in self._curves["output_error"].items()} if energy else {}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -220,21 +220,20 @@ class Trials:
 
     @cached_property
     def _curves(self) -> dict[str, dict[str, FloatArray]]:
-        """Error curves by "predicted" or "measured" and layer name, for which the responses need not be read."""
+        """Error curves by allocator and layer name, for which the responses need not be read."""
 
         def compute() -> dict[str, torch.Tensor]:
-            both = {"predicted": self._calibration.curves(), "measured": self._calibration.measured}
             return {
-                f"{which}:{name}": torch.from_numpy(curve)
-                for which, curves in both.items()
-                for name, curve in curves.items()
+                f"{allocator}:{name}": torch.from_numpy(curve)
+                for allocator in FROM_EXAMPLES
+                for name, curve in (self._calibration.curves_for(allocator) or {}).items()
             }
 
         assert self.examples is not None
-        found: dict[str, dict[str, FloatArray]] = {"predicted": {}, "measured": {}}
+        found: dict[str, dict[str, FloatArray]] = {allocator: {} for allocator in FROM_EXAMPLES}
         for key, curve in self.cache.tensors("curves", {**self._key, **self.examples.key}, compute).items():
-            which, _, name = key.partition(":")
-            found[which][name] = curve.numpy()
+            allocator, _, name = key.partition(":")
+            found[allocator][name] = curve.numpy()
         return found
 
     @cached_property

@@ -12,11 +12,11 @@ import onnxruntime
 import torch
 from onnx import ModelProto, helper
 
-from lrconvert.cost import Latency, measure_latency
 from lrconvert.errors import VerificationError
 from lrconvert.onnx_graph.graph import Graph
 from lrconvert.onnx_graph.inputs import Feed, choices_of, make_up, sizes_to_try
 from lrconvert.tensors import relative_difference
+from lrconvert.timer import Latency, latencies
 
 TOLERANCE = 1e-4
 _PROBED = {"Conv", "Gemm", "MatMul", "LSTM", "GRU", "RNN"}
@@ -117,7 +117,7 @@ def side_by_side(first: Graph, second: Graph, input_shape: tuple[int, ...] | Non
     if [value.shape for value in a] == [value.shape for value in b]:
         flat = [torch.cat([torch.from_numpy(value).double().flatten() for value in values]) for values in (a, b)]
         difference = relative_difference(flat[1], flat[0])
-    mine, theirs = measure_latency([lambda session=session: session.run(None, feed) for session in sessions])  # type: ignore[misc]
+    mine, theirs = latencies([lambda session=session: session.run(None, feed) for session in sessions])  # type: ignore[misc]
     inputs = ", ".join(f"{name} {array.shape}" for name, array in feed.items())
     note = f"CPU, onnxruntime {onnxruntime.__version__}, {inputs}, median of {mine.n}, in turn"
     return SideBySide(difference, (mine, theirs), note)

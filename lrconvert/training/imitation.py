@@ -8,17 +8,17 @@ hidden activations are compared as they are.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lrconvert.errors import LrconvertError, UsageError
+from lrconvert.fidelity import distance
 from lrconvert.heads import Head
 from lrconvert.inputs import Call
 from lrconvert.layers import low_rank_modules
-from lrconvert.modes import evaluating
+from lrconvert.modes import at_rest
 from lrconvert.training.matching import Watched, blocks_of, check_alike, relative_error
 from lrconvert.training.pace import ByClock, BySteps, Pace, rate
 from lrconvert.training.teacher import Teacher
@@ -111,7 +111,7 @@ def imitate(
         raise UsageError(f"{half} is in {trained[half].dtype}: call model.float(), factors are trained in float32")
     if len(calls) < 2:
         raise UsageError(f"{len(calls)} batch(es) of examples, of which one is held out: give more, or smaller ones")
-    with _at_rest(small, trained, device) as here, _at_rest(teacher, {}, device):
+    with at_rest(small, trained.values(), device) as here, at_rest(teacher, device=device):
         run = _Run(small, teacher, calls, trained, held_out, head, seed, here, memory)
         return run.finish(deadline, epochs, lr, progress)
 
@@ -235,14 +235,14 @@ class _Run:
     @torch.no_grad()
     def _error(self) -> float:
         """‖y′ − y‖ / ‖y‖ of the outputs on the watched calls."""
-        difference = size = 0.0
-        for number in self.watched:
-            got, wanted = self.small(self.calls[number]), self.teacher(number)
-            check_alike(got.outputs, wanted.outputs)
-            for mine, theirs in zip(got.outputs, wanted.outputs, strict=True):
-                difference += float((mine.double() - theirs.double()).square().sum())
-                size += float(theirs.double().square().sum())
-        return math.sqrt(difference / (size or 1.0))
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for number in self.watched:
+                got, wanted = self.small(self.calls[number]), self.teacher(number)
+                check_alike(got.outputs, wanted.outputs)
+                yield from zip(got.outputs, wanted.outputs, strict=True)
+
+        return distance(pairs())
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
@@ -251,23 +251,3 @@ class _Run:
     def _restore(self) -> None:
         for name, parameter in self.trained.items():
             parameter.copy_(self.best[name])
-
-
-@contextmanager
-def _at_rest(
-    model: nn.Module, trained: Mapping[str, nn.Parameter], device: torch.device | None
-) -> Iterator[torch.device]:
-    """`model` on `device`, in eval mode, with gradients for `trained` alone; afterwards as it was."""
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    try:
-        model.to(device or home).requires_grad_(False)
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
-        with evaluating(model):
-            yield device or home
-    finally:
-        model.zero_grad()
-        model.to(home)
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)

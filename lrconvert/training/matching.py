@@ -1,17 +1,17 @@
 """What a factorized network is compared with the dense one in: what it returns, and what its blocks do on the way."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lrconvert.errors import ModelError
 from lrconvert.heads import Head
 from lrconvert.inputs import Call
 from lrconvert.layers import LowRank, low_rank_modules
+from lrconvert.outputs import floats_in, shown, token_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +69,11 @@ class Watched:
         finally:
             for hook in hooks:
                 hook.remove()
-        mask = _token_mask(call, next(self.model.parameters()).device)
-        outputs = [self.head(returned, mask)] if self.head else [_shown(each, mask) for each in _floats(returned)]
+        mask = token_mask(call, next(self.model.parameters()).device)
+        outputs = [self.head(returned, mask)] if self.head else [shown(each, mask) for each in floats_in(returned)]
         if not outputs:
             raise ModelError(f"{type(self.model).__name__} returned no floating-point tensor to imitate")
-        return Seen(tuple(outputs), tuple(_shown(hidden[path], mask) for path in self.blocks if path in hidden))
+        return Seen(tuple(outputs), tuple(shown(hidden[path], mask) for path in self.blocks if path in hidden))
 
 
 def blocks_of(model: nn.Module) -> tuple[str, ...]:
@@ -122,12 +122,6 @@ def check_alike(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
         )
 
 
-def _token_mask(call: Call, device: torch.device) -> Tensor | None:
-    """Which tokens (batch, length) of a call count, as booleans, where it says so."""
-    mask = call.kwargs.get("attention_mask")
-    return mask.to(device).bool() if mask is not None and mask.dim() == 2 else None
-
-
 def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
     odd = ", ".join("×".join(map(str, shape)) for shape in shapes[:3])
     return f"{len(shapes)} tensor(s) of {odd}{', …' if len(shapes) > 3 else ''}"
@@ -135,19 +129,8 @@ def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
 
 def _taking(hidden: dict[str, Tensor], path: str) -> Callable[[nn.Module, Any, Any], None]:
     def take(module: nn.Module, args: Any, output: Any) -> None:
-        found = _floats(output)
+        found = floats_in(output)
         if found:
             hidden[path] = found[0]
 
     return take
-
-
-def _floats(returned: Any) -> list[Tensor]:
-    leaves = tree_leaves(dict(returned) if isinstance(returned, Mapping) else returned)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _shown(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """The places (tokens, …) of a tensor (batch, length, …) that the mask (batch, length) does not hide."""
-    # (batch, length) alone could be logits of as many classes as there are tokens.
-    return tensor if mask is None or tensor.dim() < 3 or tensor.shape[:2] != mask.shape else tensor[mask]

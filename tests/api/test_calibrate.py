@@ -11,6 +11,8 @@ from torch import nn
 import lrconvert
 from lrconvert.errors import PlanError, TargetError, UsageError
 from lrconvert.models.zoo.digits_cnn import DigitsCNN
+from lrconvert.network import open_network
+from lrconvert.samples import read_samples
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,18 @@ def test_calibration_lowers_the_error_of_the_output_at_the_same_size(digits, fol
         errors[name] = error_of(lrconvert.load(f"{name}.safetensors"), dense, x)
         assert all(row.data_aware == (name == "data") for row in record.layers if row.rank is not None)
     assert errors["data"] < 0.8 * errors["weights"]
+
+
+def test_calls_of_the_model_are_calibrated_on_as_they_are(digits, folder):
+    calls = read_samples("digits", open_network("dense.safetensors"), count=60).calls
+    by_calls = lrconvert.calibrate("dense.safetensors", calls)
+    by_name = lrconvert.calibrate("dense.safetensors", "digits", count=60)
+    assert by_calls.notes == ("60 examples",)
+    assert by_calls.responses.keys() == by_name.responses.keys()
+    for name, response in by_name.responses.items():
+        assert torch.equal(response.signal, by_calls.responses[name].signal)
+    with pytest.raises(UsageError, match="count: calls are taken as they are"):
+        lrconvert.calibrate("dense.safetensors", calls, count=7)
 
 
 @pytest.mark.parametrize("allocator", ["output_error", "sensitivity"])

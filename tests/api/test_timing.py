@@ -55,7 +55,7 @@ def clock(monkeypatch):
 
     def measured(model, layers, bench, **_):
         assert [layer.name for layer in layers] == ["2", "4"]
-        return LatencyTable({"2": FAST, "4": SLOW}, 20.0, str(bench), 0.0)
+        return LatencyTable({"2": FAST, "4": SLOW}, 20.0, str(bench))
 
     def run(self, models, *_):
         ranks = {name: module.rank for name, module in models[1].named_modules() if hasattr(module, "factored")}
