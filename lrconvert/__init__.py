@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from lrconvert.api.make_plan import make_plan
     from lrconvert.api.sweep import sweep
     from lrconvert.api.train import evaluate, finetune, train
-    from lrconvert.checkpoints.plan_file import save_plan
+    from lrconvert.checkpoints.plan_file import load_plan, save_plan
     from lrconvert.errors import LrconvertError
     from lrconvert.inputs import Input
     from lrconvert.loading import load, save
-    from lrconvert.plan import LayerPlan, Plan, load_plan
+    from lrconvert.plan import LayerPlan, Plan
     from lrconvert.training.schedules import SIFD, Cuttlefish, Dense, Pufferfish, StabilityCriterion
 
 __all__ = [
@@ -78,7 +78,7 @@ _HOME = {
     "finetune": "api.train",
     "info": "api.info",
     "load": "loading",
-    "load_plan": "plan",
+    "load_plan": "checkpoints.plan_file",
     "make_plan": "api.make_plan",
     "merge": "api.factorize",
     "save": "loading",

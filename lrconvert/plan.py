@@ -7,10 +7,9 @@ lrconvert writes, so that a factorized model can be rebuilt from its file alone.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from lrconvert.budget import Budget
 from lrconvert.errors import PlanError, UnknownNameError, UsageError
@@ -363,29 +362,6 @@ def _rounded(rank: int, multiple: int, break_even: int) -> int:
     up = -(-rank // multiple) * multiple
     down = rank // multiple * multiple
     return down if rank <= break_even < up and down else up
-
-
-def load_plan(path: str | Path) -> Plan:
-    """Read a plan that `save_plan` wrote and perhaps somebody edited.
-
-    Errors, latency, and what was reached of a target, are left out: edited ranks have others. `lrconvert.factorize`
-    predicts errors anew.
-
-    Raises:
-        PlanError: the file is missing, or is not a plan; the message names the field.
-    """
-    try:
-        plan = Plan.model_validate_json(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise PlanError(f"{path}: not a plan: it is no text") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PlanError(f"{path}: not a plan: {where + ': ' if where else ''}{first['msg']}") from None
-    layers = tuple(layer.model_copy(update={"error": None}) for layer in plan.layers)
-    return plan.model_copy(update={"layers": layers, "target": None, "latency": None})
 
 
 def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:

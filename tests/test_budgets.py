@@ -11,13 +11,14 @@ from torch import nn
 
 import lrconvert
 from lrconvert.budget import ALLOCATORS, Budget, one_budget
+from lrconvert.checkpoints.plan_file import load_plan
 from lrconvert.cost import Trace, trace
 from lrconvert.errors import NothingToCompressError, TargetError, UnknownNameError, UsageError
 from lrconvert.inputs import one_input
 from lrconvert.layers import Layer
 from lrconvert.models.zoo.digits_cnn import DigitsCNN
 from lrconvert.network import open_network
-from lrconvert.plan import PlanOptions, load_plan
+from lrconvert.plan import PlanOptions
 from lrconvert.plan_budget import TOLERANCE, Prices, mac_prices, plan_within
 from lrconvert.planning import candidates_of, plan_options
 from lrconvert.ranks import Evidence, closed_form_xi

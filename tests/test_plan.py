@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrconvert.checkpoints.plan_file import save_plan
+from lrconvert.checkpoints.plan_file import load_plan, save_plan
 from lrconvert.errors import OutputExistsError, PatternError, PlanError, UsageError
 from lrconvert.layers import Layer
-from lrconvert.plan import LayerPlan, Plan, PlanOptions, check_plan, decide, load_plan
+from lrconvert.plan import LayerPlan, Plan, PlanOptions, check_plan, decide
 from lrconvert.ranks import parse_rule
 from lrconvert.spectrum import spectrum_of
 from lrconvert.views import with_norms

@@ -199,7 +199,6 @@ def factorize(
     from lrconvert.checkpoints.atomic import check_writable
     from lrconvert.cli.output import Sink
     from lrconvert.network import open_network
-    from lrconvert.plan import load_plan
 
     return_freed_memory()
     sink = Sink(as_json, as_csv, quiet, verbose)
@@ -216,7 +215,7 @@ def factorize(
     if save_plan is not None:
         check_writable(save_plan, overwrite)
     with sink.progress() as progress:
-        calibration, ready = None, load_plan(plan) if plan is not None else None
+        calibration, ready = None, lrconvert.load_plan(plan) if plan is not None else None
         if calibrate is not None:
             calibration = lrconvert.calibrate(
                 network,

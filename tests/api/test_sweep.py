@@ -1,87 +1,32 @@
-"""Sweeps and `--min-accuracy` on digits: what is reported is what a factorized network does, and is computed once."""
+"""Sweeps on digits: what is reported is what a factorized network does, and is computed once."""
 
 import csv
 import io
 import json
 import os
-import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from helpers import num_params
-from torch import nn
 
 import lrconvert
-from lrconvert.api import trials, validation
-from lrconvert.api.cache import Cache
+from lrconvert.api import trials
 from lrconvert.cost import trace
 from lrconvert.errors import (
-    CheckpointError,
-    LrconvertError,
-    NothingToCompressError,
     TargetError,
     UnknownNameError,
     UsageError,
 )
 from lrconvert.fidelity import fidelity, outputs_of
 from lrconvert.inputs import one_input
-from lrconvert.models.zoo.digits_cnn import INPUT_SHAPE, DigitsCNN
+from lrconvert.models.zoo.digits_cnn import INPUT_SHAPE
 from lrconvert.network import open_network
 from lrconvert.samples import read_samples
-from lrconvert.training.data import Loader, open_dataset
 from lrconvert.training.evaluation import accuracy_of
 
 RATIOS = (0.7, 0.4, 0.2)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return open_dataset("digits")
-
-
-@pytest.fixture(scope="module")
-def trained(digits):
-    """A network that knows its digits, after a few seconds."""
-    torch.manual_seed(0)
-    model = DigitsCNN(16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    loader = Loader(digits.train, batch_size=64, seed=0)
-    for _ in range(4):
-        for images, labels in loader.once():
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-    return model.eval()
-
-
-@pytest.fixture
-def file(trained, tmp_path, monkeypatch):
-    """Its checkpoint, in the folder where the test runs."""
-    monkeypatch.chdir(tmp_path)
-    lrconvert.save(trained, "digits.safetensors", architecture="zoo/digits_cnn", model_args={"width": 16})
-    return "digits.safetensors"
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often spectra, calibration, accuracy and outputs were really computed."""
-    counts = dict.fromkeys(("analyze_layers", "calibrate", "outputs_of", "accuracy_of", "factorized"), 0)
-
-    def counted(module, name):
-        real = getattr(module, name)
-
-        def call(*arguments, **named):
-            counts[name] += 1
-            return real(*arguments, **named)
-
-        monkeypatch.setattr(module, name, call)
-
-    for name in ("analyze_layers", "calibrate", "outputs_of", "factorized"):
-        counted(trials, name)
-    counted(validation, "accuracy_of")
-    return counts
 
 
 def test_rows_are_what_factorizing_by_hand_gives(file, trained, digits):
@@ -201,22 +146,6 @@ def test_damaged_and_foreign_cache_files_are_computed_anew(file, calls, tmp_path
     assert calls["accuracy_of"] == before["accuracy_of"] + 1
 
 
-def test_a_cache_keeps_what_it_is_given(tmp_path):
-    tensors = {"a": torch.randn(3, 4).T, "b": torch.arange(5)}
-    for cache in (Cache(tmp_path / "new" / "folder"), Cache(tmp_path / "new" / "folder")):
-        found = cache.tensors("some", {"of": [1, 2.5]}, lambda: tensors)
-        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-        assert cache.numbers("some", {"of": 1}, lambda: {"x": 0.1}) == {"x": 0.1}
-    again = Cache(tmp_path / "new" / "folder")
-    assert again.numbers("some", {"of": 1}, lambda: pytest.fail("computed")) == {"x": 0.1}
-    assert again.numbers("some", {"of": 2}, lambda: {"x": 0.2}) == {"x": 0.2}
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="is a file, and a cache is a folder"):
-        Cache(tmp_path / "file")
-    with pytest.raises(CheckpointError, match="cannot be made"):
-        Cache(tmp_path / "file" / "folder")
-
-
 def test_latency_is_measured_once_and_a_live_model_is_left_as_it_was(trained, calls):
     before = {key: value.clone() for key, value in trained.state_dict().items()}
     record = lrconvert.sweep(
@@ -284,89 +213,6 @@ def test_where_no_examples_are_left_errors_are_only_predicted(file):
     assert any("no examples left" in note for note in record.notes)
 
 
-# --min-accuracy
-
-
-def test_the_fewest_parameters_that_are_accurate_enough(file, trained, digits):
-    dense = accuracy_of(trained, digits.validation)
-    asked = dense - 0.05
-    model = lrconvert.load(file)
-    plan = lrconvert.make_plan(model, min_accuracy=asked, evaluate="digits")
-    assert (plan.target.kind, plan.target.asked) == ("min_accuracy", asked)
-    assert plan.rule == f"min_accuracy={asked:g} by relative_error"
-    assert {layer.reason for layer in plan.low_rank} == {f"min accuracy {asked:g}"}
-    small = lrconvert.factorize(model, plan)
-    assert plan.target.reached == accuracy_of(small, digits.validation) >= asked
-    ratio = num_params(small) / num_params(trained)
-    assert ratio < 0.9
-    # Some percent fewer are too few, or the bisection would have gone on.
-    fewer = lrconvert.load(file)
-    fewer = lrconvert.factorize(fewer, param_ratio=0.97 * ratio)
-    assert accuracy_of(fewer, digits.validation) < asked
-
-
-def test_calibrated_plans_are_measured_data_aware(file, digits, calls):
-    model = lrconvert.load(file)
-    calibration = lrconvert.calibrate(model, "digits", count=64)
-    asked = accuracy_of(model, digits.validation) - 0.05
-    plan = lrconvert.make_plan(model, min_accuracy=asked, evaluate="digits", calibration=calibration)
-    assert calls["accuracy_of"] <= 10
-    assert all(layer.data_aware for layer in plan.low_rank)
-    small = lrconvert.factorize(model, plan, calibration=calibration)
-    assert plan.target.reached == accuracy_of(small, digits.validation)
-
-
-def test_accuracy_that_cannot_be_had_is_refused_with_the_closest(file, trained, digits, monkeypatch):
-    dense = accuracy_of(trained, digits.validation)
-    with pytest.raises(TargetError, match="that is the dense network") as caught:
-        lrconvert.make_plan(file, min_accuracy=min(dense + 1e-4, 1.0) if dense < 1 else 1.0, evaluate="digits")
-    assert caught.value.closest == dense
-    shown = float(re.search(r"closest is (0\.\d+)", str(caught.value))[1])
-    assert dense - 1e-4 <= shown <= dense
-    # A network that any factorization ruins.
-    real = validation.Validation.accuracy
-    monkeypatch.setattr(
-        validation.Validation,
-        "accuracy",
-        lambda self, model: real(self, model) if num_params(model) == num_params(trained) else 0.5,
-    )
-    with pytest.raises(TargetError, match=r"closest is 0\.5; ask for that, or fine-tune") as caught:
-        lrconvert.make_plan(file, min_accuracy=0.6, evaluate="digits")
-    assert caught.value.exit_code == 3
-
-
-def test_few_layers_have_few_plans(digits):
-    """Two layers of rank 16 or dense: most ratios are refused by themselves, and the nearest are tried."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Flatten(), *(nn.Linear(64, 64, bias=False) for _ in range(4)), nn.Linear(64, 10))
-    true = accuracy_of(model, digits.validation)
-    settings = {"evaluate": "digits", "rank_multiple": 16, "keep_first": 2}
-    plan = lrconvert.make_plan(model, min_accuracy=max(true / 4, 0.01), **settings)
-    assert plan.low_rank
-    assert plan.target.reached >= plan.target.asked
-    with pytest.raises(NothingToCompressError, match="no layer to factorize; allow more"):
-        lrconvert.make_plan(model, min_accuracy=0.01, evaluate="digits", keep_first=9)
-
-
-def test_what_accuracy_needs_is_asked_for(file, trained, tmp_path):
-    for settings, message in [
-        ({"min_accuracy": 0.9}, "--evaluate DATASET"),
-        ({"evaluate": "digits"}, "--evaluate DATASET"),
-        ({"min_accuracy": 90, "evaluate": "digits"}, "at most 1, not 90"),
-        ({"min_accuracy": 0.9, "evaluate": "digits", "param_ratio": 0.5}, "one budget at a time"),
-        ({"min_accuracy": 0.9, "evaluate": "digits", "goal": "speed"}, "--for size"),
-    ]:
-        with pytest.raises(UsageError, match=message):
-            lrconvert.make_plan(file, **settings)
-    torch.save(trained.state_dict(), "bare.pt")
-    with pytest.raises(LrconvertError, match="--model"):
-        lrconvert.make_plan("bare.pt", min_accuracy=0.5, evaluate="digits")
-    with pytest.raises(UsageError, match="digits has 10 classes, and the model returns"):
-        lrconvert.make_plan(DigitsCNN(16, num_classes=7), min_accuracy=0.5, evaluate="digits")
-    with pytest.raises(UsageError, match="cannot be called with images"):
-        lrconvert.make_plan(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), min_accuracy=0.5, evaluate="digits")
-
-
 # The command line
 
 
@@ -403,15 +249,3 @@ def test_one_line_errors_of_sweep(cli, file):
     assert "cannot be reached: the closest is" in cli.fails(3, "sweep", file, "--ratios", "0.001")
     Path("there.svg").touch()
     assert "exists" in cli.fails(1, "sweep", file, "--plot", "there.svg")
-
-
-def test_least_accuracy_on_the_command_line(cli, file, trained, digits):
-    asked = round(accuracy_of(trained, digits.validation) - 0.06, 2)
-    run = ("factorize", file, "-o", "small.safetensors", "--evaluate", "digits", "--auto")
-    done = cli(*run, "--min-accuracy", asked)
-    assert done.code == 0, done.err
-    reached = accuracy_of(lrconvert.load("small.safetensors"), digits.validation)
-    assert f"accuracy {reached:.4f} on the validation images (measured), asked at least {asked:g}" in done.out
-    refused = cli.fails(3, *run, "--overwrite", "--min-accuracy", "1")
-    assert "--min-accuracy 1 cannot be reached: the closest is 0.9" in refused
-    assert "--evaluate DATASET" in cli.fails(2, "factorize", file, "--dry-run", "--min-accuracy", "0.9")
