@@ -52,12 +52,7 @@ def factorize(
         float | None,
         typer.Option("--min-accuracy", help="Least accuracy on --evaluate DATASET, by the fewest parameters."),
     ] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            "--evaluate", help="Labelled images whose held-out part --min-accuracy is measured on.", metavar="DATASET"
-        ),
-    ] = None,
+    evaluate: options.Evaluate = None,
     allocator: Annotated[
         str | None,
         typer.Option(
@@ -74,10 +69,8 @@ def factorize(
             metavar="GOAL",
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Of the calls that are timed.")] = None,
-    channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Images and convolutions are channels_last when they are timed.")
-    ] = False,
+    batch_size: options.TimedBatch = None,
+    channels_last: options.ChannelsLast = False,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Run a plan that --save-plan wrote.", metavar="FILE")
     ] = None,
@@ -85,12 +78,8 @@ def factorize(
         Path | None, typer.Option("--save-plan", help="Write the plan as JSON, to edit or run again.", metavar="FILE")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write no checkpoint.")] = False,
-    keep_first: Annotated[
-        int | None, typer.Option("--keep-first", help="K: leading layers that stay dense; 1 unless said otherwise.")
-    ] = None,
-    factorize_last: Annotated[
-        bool, typer.Option("--factorize-last", help="The last classifier too; by default it stays dense.")
-    ] = False,
+    keep_first: options.KeepFirst = None,
+    factorize_last: options.FactorizeLast = False,
     layer_rank: Annotated[
         list[str] | None,
         typer.Option("--layer-rank", help="The rank of these layers, whatever the rule says.", metavar="PATTERN=RANK"),
@@ -121,21 +110,9 @@ def factorize(
     rank_floor: Annotated[
         float | None, typer.Option("--rank-floor", help="Smallest rank, as a share of full rank.")
     ] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            "--calibrate",
-            help="Examples without labels, for least error of the output: a text file, a folder of images, .npz, a "
-            "dataset's name, file.py:factory.",
-            metavar="DATA",
-        ),
-    ] = None,
-    examples: Annotated[
-        int | None, typer.Option("--examples", help="Of --calibrate; 256 unless said otherwise.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Where the dataset of --calibrate or --evaluate lies.")
-    ] = None,
+    calibrate: options.Calibrate = None,
+    examples: options.Examples = None,
+    data_dir: options.DataDir = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     init: options.Init = None,
@@ -182,8 +159,7 @@ def factorize(
     }
     budget = {name: value for name, value in budgets.items() if value is not None}
     wanted = _rule(auto, {"rank_ratio": rank_ratio, "rank": rank, "energy": energy}, rule, budget, plan)
-    if calibrate is None and examples is not None:
-        raise UsageError("--examples says more about --calibrate DATA, which is missing")
+    count = options.parse_examples(examples, calibrate)
     if calibrate is None and evaluate is None and data_dir is not None:
         raise UsageError("--data-dir says more about --calibrate DATA or --evaluate DATASET, which are missing")
     if (min_accuracy is None) != (evaluate is None):
@@ -220,7 +196,7 @@ def factorize(
             calibration = lrconvert.calibrate(
                 network,
                 calibrate,
-                count=examples or 256,
+                count=count,
                 data_dir=data_dir or "data",
                 splits={layer.name: layer.groups for layer in ready.low_rank}
                 if ready

@@ -37,6 +37,32 @@ Exclude = Annotated[
 Init = Annotated[
     Path | None, typer.Option("--init", help="The checkpoint at initialisation, to measure ξ.", metavar="CKPT")
 ]
+KeepFirst = Annotated[
+    int | None, typer.Option("--keep-first", help="K: leading layers that stay dense; 1 unless said otherwise.")
+]
+FactorizeLast = Annotated[
+    bool, typer.Option("--factorize-last", help="The last classifier too; by default it stays dense.")
+]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        "--calibrate",
+        help="Examples without labels, for least error of the output: a text file, a folder of images, .npz, a "
+        "dataset's name, file.py:factory.",
+        metavar="DATA",
+    ),
+]
+Examples = Annotated[int | None, typer.Option("--examples", help="Of --calibrate; 256 unless said otherwise.")]
+Evaluate = Annotated[
+    str | None,
+    typer.Option("--evaluate", help="Labelled images, on whose held-out part accuracy is measured.", metavar="DATASET"),
+]
+TimedBatch = Annotated[
+    int | None, typer.Option("--batch-size", help="Of the calls that are timed; 1 unless said otherwise.")
+]
+ChannelsLast = Annotated[
+    bool, typer.Option("--channels-last", help="Images and convolutions are channels_last when they are timed.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Fields that overrule the recipe's (lr=0.1).")
@@ -83,6 +109,13 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     if not shape or min(shape) < 1:
         raise UsageError(f"--input-shape {text}: write positive numbers like 3,224,224, without the batch")
     return shape
+
+
+def parse_examples(examples: int | None, calibrate: str | None) -> int:
+    """How many examples to take of --calibrate."""
+    if calibrate is None and examples is not None:
+        raise UsageError("--examples says more about --calibrate DATA, which is missing")
+    return 256 if examples is None else examples
 
 
 def parse_numbers(option: str, given: list[str] | None) -> dict[str, int]:

@@ -20,25 +20,13 @@ def sweep(
         list[str] | None,
         typer.Option("--allocator", help="How budgets are distributed; several are compared.", metavar="NAME"),
     ] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            "--calibrate", help="Examples without labels: errors are then of the output, and measured.", metavar="DATA"
-        ),
-    ] = None,
-    examples: Annotated[
-        int | None, typer.Option("--examples", help="Of --calibrate; 256 unless said otherwise.")
-    ] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option("--evaluate", help="Labelled images: accuracy on their held-out part.", metavar="DATASET"),
-    ] = None,
+    calibrate: options.Calibrate = None,
+    examples: options.Examples = None,
+    evaluate: options.Evaluate = None,
     data_dir: options.DataDir = None,
     latency: Annotated[bool, typer.Option("--latency", help="Measure the time of one call too.")] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Of the calls that are timed.")] = 1,
-    channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Images and convolutions are channels_last when they are timed.")
-    ] = False,
+    batch_size: options.TimedBatch = None,
+    channels_last: options.ChannelsLast = False,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -46,12 +34,8 @@ def sweep(
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a picture: .svg or .html.", metavar="FILE")] = None,
-    keep_first: Annotated[
-        int | None, typer.Option("--keep-first", help="K: leading layers that stay dense; 1 unless said otherwise.")
-    ] = None,
-    factorize_last: Annotated[
-        bool, typer.Option("--factorize-last", help="The last classifier too; by default it stays dense.")
-    ] = False,
+    keep_first: options.KeepFirst = None,
+    factorize_last: options.FactorizeLast = False,
     include: options.Include = None,
     exclude: options.Exclude = None,
     checkpoint_key: options.CheckpointKey = None,
@@ -69,8 +53,7 @@ def sweep(
 
     No checkpoint is written.
     """
-    if calibrate is None and examples is not None:
-        raise UsageError("--examples says more about --calibrate DATA, which is missing")
+    count = options.parse_examples(examples, calibrate)
 
     from lrconvert.api.sweep import RATIOS
     from lrconvert.api.sweep import sweep as run
@@ -91,11 +74,11 @@ def sweep(
             by=by,  # type: ignore[arg-type]
             allocators=allocator or (),
             calibrate=calibrate,
-            examples=256 if examples is None else examples,
+            examples=count,
             evaluate=evaluate,
             data_dir=data_dir or "data",
             latency=latency,
-            batch_size=batch_size,
+            batch_size=1 if batch_size is None else batch_size,
             channels_last=channels_last,
             cache=cache,
             keep_first=keep_first,
