@@ -1,16 +1,23 @@
 """Stable ranks alone, for training that follows them epoch by epoch: ‖W‖² / σ_max² needs no other singular value.
 
 σ_max² is the largest eigenvalue of W·Wᵀ, found by Lanczos iterations: for a few dozen products with a vector, where
-all eigenvalues take as many as the matrix has rows. On the CPU each product reads W itself, twice: a trained layer
-needs so few that its Gram matrix would take longer to form. On a GPU, where starting a kernel is what takes time, the
-Gram matrices of many layers iterate together.
+all eigenvalues take as many as the matrix has rows. Without reorthogonalisation: what that loses is the other
+eigenvalues, which come out several times, while the largest stays as accurate as the arithmetic (Paige 1980,
+https://doi.org/10.1016/0024-3795(80)90167-6).
+
+On the CPU each product reads W itself, twice: a trained layer needs so few that its Gram matrix would take longer to
+form. numpy computes it, whose OpenBLAS is there twice as fast as torch. On a GPU, where starting a kernel is what takes
+time, the Gram matrices of many layers iterate together.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lrconvert.allocation import FloatArray
 from lrconvert.parallel import map_layers
 from lrconvert.spectrum import ALWAYS_DOUBLE, SAFE_ENERGY, eigenvalues, gram_of, widened
 
@@ -18,9 +25,12 @@ from lrconvert.spectrum import ALWAYS_DOUBLE, SAFE_ENERGY, eigenvalues, gram_of,
 _TOLERANCE = 3e-7
 # Rounding of a float32 product with a vector, relative to the eigenvalue: 6e-7 was the most seen.
 _ROUNDING = 1e-6
-# Iterations between two looks at the residual (each waits for the device), and before all eigenvalues are computed.
-# 512×4608 normal weights take 64; with σ_i ∝ i^-0.3, as after training, 16.
+# Iterations between two looks at the residual (on a GPU each waits for the device), and before all eigenvalues are
+# computed. 512×4608 normal weights take 64; with σ_i ∝ i^-0.3, as after training, 16. More looks are no gain: the
+# residual of a cluster's mean is small for a few iterations, until the values in it are told apart.
 _LOOK_EVERY, _MOST = 8, 128
+# Up to this full rank all eigenvalues cost next to nothing.
+_SMALL = 32
 # Elements of the Gram matrices that iterate together on a GPU.
 _TOGETHER = 1 << 24
 
@@ -32,7 +42,7 @@ def stable_rank_of(matrices: Tensor) -> Tensor:
     is on the CPU. Neither `matrices` nor the state of any random generator is changed.
     """
     wide = widened(matrices.detach())
-    if wide.is_cpu and wide.shape[1] > ALWAYS_DOUBLE:
+    if wide.is_cpu and wide.shape[1] > _SMALL:
         return torch.cat([_directly(group) for group in wide])
     return _from_grams(gram_of(wide, torch.float64))
 
@@ -72,16 +82,40 @@ def _directly(wide: Tensor) -> Tensor:
     """Stable rank (1,) of one matrix (small, large)."""
     energy = (wide * wide).sum(dim=1).double().sum()
     if SAFE_ENERGY[0] < energy < SAFE_ENERGY[1]:
-        top, converged = _largest_eigenvalues(lambda vector: _through(wide, vector), 1, wide.shape[0], wide.device)
-        if bool(converged):
-            return energy / top
+        top = _largest_eigenvalue(wide.numpy())
+        if top is not None:
+            return energy[None] / top
     gram = gram_of(wide[None], torch.float64)
     return _ranks(gram, lambda scaled: eigenvalues(scaled)[:, 0])
 
 
-def _through(wide: Tensor, vectors: Tensor) -> Tensor:
-    """W·Wᵀ times the one vector in `vectors` (1, small), in the precision of W."""
-    return torch.mv(wide, torch.mv(wide.mT, vectors[0].to(wide.dtype)))[None].double()
+def _largest_eigenvalue(matrix: np.ndarray[Any, Any]) -> float | None:
+    """σ_max² of `matrix` (small, large), with products in its own precision; None if it does not converge."""
+    vector = _start(len(matrix)).numpy()
+    before, beta = np.zeros_like(vector), 0.0
+    diagonal: list[float] = []
+    off: list[float] = []
+    while len(off) < _MOST:
+        image = (matrix @ (vector.astype(matrix.dtype) @ matrix)).astype(np.float64)
+        alpha = float(image @ vector)
+        image -= alpha * vector + beta * before
+        beta = float(np.linalg.norm(image))
+        # Where the vectors so far span an invariant space only rounding is left: zeros add nothing from here on.
+        beta = beta if beta > _ROUNDING * alpha else 0.0
+        before, vector = vector, image / beta if beta else np.zeros_like(image)
+        diagonal.append(alpha)
+        off.append(beta)
+        if len(off) % _LOOK_EVERY == 0:
+            top, bound = _largest_ritz_value(np.array([diagonal]), np.array([off]))
+            if bound[0] <= _TOLERANCE * top[0]:
+                return float(top[0])
+    return None
+
+
+def _start(size: int) -> Tensor:
+    """The same vector (size,) every time, of length 1."""
+    start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return start / torch.linalg.vector_norm(start)
 
 
 def _from_grams(gram: Tensor) -> Tensor:
@@ -102,58 +136,43 @@ def _ranks(gram: Tensor, largest: Callable[[Tensor], Tensor]) -> Tensor:
 def _iterated_together(gram: Tensor) -> Tensor:
     """The largest eigenvalue of each Gram matrix (count,) on the CPU."""
     count, size, _ = gram.shape
-    # From the left, as they are symmetric: torch has the faster product for that.
-    top, converged = _largest_eigenvalues(
-        lambda vectors: torch.bmm(vectors[:, None, :], gram)[:, 0], count, size, gram.device
-    )
-    if not bool(converged.all()):
-        top[~converged] = eigenvalues(gram[(~converged).to(gram.device)].cpu())[:, 0]
-    return top
-
-
-def _largest_eigenvalues(
-    multiply: Callable[[Tensor], Tensor], count: int, size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(eigenvalue, whether it converged), each (count,) on the CPU, of symmetric matrices, in float64.
-
-    Lanczos iterations without reorthogonalisation: what they lose is the other eigenvalues, which come out several
-    times, while the largest stays as accurate as the arithmetic (Paige 1980, https://doi.org/10.1016/0024-3795(80)90167-6).
-
-    Args:
-        multiply: (count, size) vectors to their products with the matrices.
-        count, size: matrices, and rows of each.
-        device: where `multiply` computes.
-    """
-    start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    vector = (start / torch.linalg.vector_norm(start)).to(device).expand(count, size)
+    vector = _start(size).to(gram.device).expand(count, size)
     before = torch.zeros_like(vector)
-    beta = torch.zeros(count, 1, dtype=torch.float64, device=device)
-    diagonal, off = [], []
-    while True:
-        image = multiply(vector)
+    beta = torch.zeros(count, 1, dtype=torch.float64, device=gram.device)
+    diagonal: list[Tensor] = []
+    off: list[Tensor] = []
+    converged = torch.zeros(count, dtype=torch.bool)
+    while not bool(converged.all()) and len(off) < _MOST:
+        # From the left, as they are symmetric: torch has the faster product for that.
+        image = torch.bmm(vector[:, None, :], gram)[:, 0]
         alpha = (image * vector).sum(dim=1, keepdim=True)
         image = image - alpha * vector - beta * before
         beta = torch.linalg.vector_norm(image, dim=1, keepdim=True)
-        # Where the vectors so far span an invariant space only rounding is left: zeros add nothing from here on.
+        # As on the CPU.
         beta = torch.where(beta > _ROUNDING * alpha, beta, 0.0)
         before, vector = vector, torch.where(beta > 0, image / torch.where(beta > 0, beta, 1.0), 0.0)
         diagonal.append(alpha)
         off.append(beta)
         if len(off) % _LOOK_EVERY == 0:
-            top, bound = _largest_ritz_value(torch.cat(diagonal, 1).cpu(), torch.cat(off, 1).cpu())
-            converged = bound <= _TOLERANCE * top
-            if bool(converged.all()) or len(off) >= _MOST:
-                return top, converged
+            values, bounds = _largest_ritz_value(torch.cat(diagonal, 1).cpu().numpy(), torch.cat(off, 1).cpu().numpy())
+            top, converged = torch.from_numpy(values), torch.from_numpy(bounds <= _TOLERANCE * values)
+    if not bool(converged.all()):
+        top[~converged] = eigenvalues(gram[(~converged).to(gram.device)].cpu())[:, 0]
+    return top
 
 
-def _largest_ritz_value(diagonal: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+def _largest_ritz_value(diagonal: FloatArray, off: FloatArray) -> tuple[FloatArray, FloatArray]:
     """(value, how far off it is at most), each (count,), of tridiagonal matrices of `diagonal` (count, k) and `off`.
 
     A value is off by at most the residual ρ of its vector, and by at most ρ² / gap to the next one (Kato–Temple;
     Parlett, The Symmetric Eigenvalue Problem, section 4.5): far less where it is well separated.
     """
-    matrix = torch.diag_embed(diagonal) + torch.diag_embed(off[:, :-1], 1) + torch.diag_embed(off[:, :-1], -1)
-    values, vectors = torch.linalg.eigh(matrix)
-    residual = off[:, -1] * vectors[:, -1, -1].abs()
+    count, size = diagonal.shape
+    matrix = np.zeros((count, size, size))
+    places = np.arange(size)
+    matrix[:, places, places] = diagonal
+    matrix[:, places[1:], places[:-1]] = off[:, :-1]  # eigh reads the lower half
+    values, vectors = np.linalg.eigh(matrix)
+    residual = off[:, -1] * np.abs(vectors[:, -1, -1])
     gap = values[:, -1] - values[:, -2] - residual
-    return values[:, -1], torch.where(gap > residual, residual**2 / gap, residual)
+    return values[:, -1], np.where(gap > residual, residual**2 / np.maximum(gap, residual), residual)

@@ -33,7 +33,9 @@ def sweep(
             "--cache", help="Keep what is computed here: another budget then costs nothing.", metavar="FOLDER"
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write a picture: .svg or .html.", metavar="FILE")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Write a picture: .svg, .png or .pdf.", metavar="FILE")
+    ] = None,
     keep_first: options.KeepFirst = None,
     factorize_last: options.FactorizeLast = False,
     include: options.Include = None,

@@ -1,14 +1,13 @@
-"""The picture of a sweep: well-formed, everything inside, and every point where its numbers say."""
+"""The picture of a sweep: a panel for each cost, a curve for each allocator, points where their numbers say."""
 
-from xml.etree import ElementTree
+import sys
 
 import pytest
+from PIL import Image
 
 from lrconvert.errors import OutputExistsError, UsageError
-from lrconvert.report.picture import picture, save_picture
+from lrconvert.report.picture import check_picture, picture, save_picture
 from lrconvert.report.record_sweep import SweepPoint, SweepRecord
-
-SPACE = "{http://www.w3.org/2000/svg}"
 
 
 def record(*points, macs=None, **changes):
@@ -33,73 +32,87 @@ def point(params, error, allocator="uniform", **more):
     return SweepPoint(allocator=allocator, ratio=0.5, plan_ratio=0.5, num_params=params, **known)
 
 
-def dots(text):
-    """(x, y) of the dots, those of the legend last."""
-    root = ElementTree.fromstring(text)
-    return [(float(each.get("cx")), float(each.get("cy"))) for each in root.iter(f"{SPACE}circle")]
+def curves(figure):
+    """(panel, label) to the points of its curve; a line all the way across has its height alone."""
+    return {
+        (axes.get_xlabel().partition(",")[0], line.get_label()): (
+            list(line.get_ydata())[:1] if line.get_label() == "dense" else list(zip(*line.get_data(), strict=True))
+        )
+        for axes in figure.axes
+        for line in axes.get_lines()
+    }
 
 
-def ticks(text, anchor):
-    """Position by value of the numbers along an axis: across for "middle", down for "end"."""
-    root = ElementTree.fromstring(text)
-    which = "x" if anchor == "middle" else "y"
-    numbers = {}
-    for each in root.iter(f"{SPACE}text"):
-        if each.get("text-anchor") == anchor and each.text.replace(".", "").isdecimal():
-            numbers[float(each.text)] = float(each.get(which)) - (4 if which == "y" else 0)
-    return numbers
+def test_curves_go_through_the_points_of_each_allocator():
+    made = record(
+        point(800, 0.1, macs=6),
+        point(500, 0.3, macs=4),
+        point(700, 0.2, "other", macs=3, latency_ms=1.0, latency_dense_ms=2.0),
+        macs=8,
+    )
+    assert curves(picture(made)) == {
+        ("parameters", "uniform"): [(0.8, 0.1), (0.5, 0.3)],
+        ("parameters", "other"): [(0.7, 0.2)],
+        ("MACs", "uniform"): [(0.75, 0.1), (0.5, 0.3)],
+        ("MACs", "other"): [(0.375, 0.2)],
+    }
 
 
-def test_points_are_where_the_axes_say():
-    text = picture(record(point(800, 0.1), point(500, 0.3), point(200, 0.62)))
-    across, down = ticks(text, "middle"), ticks(text, "end")
-    *drawn, _ = dots(text)
-    for (x, y), (share, error) in zip(drawn, [(0.8, 0.1), (0.5, 0.3), (0.2, 0.62)], strict=True):
-        for place, value, axis in ((x, share, across), (y, error, down)):
-            first, last = min(axis), max(axis)
-            want = axis[first] + (value - first) / (last - first) * (axis[last] - axis[first])
-            assert place == pytest.approx(want, abs=0.1)
-    assert 4 <= len(across) <= 9
-    assert 4 <= len(down) <= 9
+def test_a_measured_latency_has_a_panel():
+    made = record(point(500, 0.2, latency_ms=1.0, latency_dense_ms=4.0))
+    assert curves(picture(made))["latency", "uniform"] == [(0.25, 0.2)]
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf"), None])
+def test_a_loss_that_is_not_known_is_not_drawn(error):
+    made = record(point(500, error), point(400, 0.5))
+    assert curves(picture(made)) == {("parameters", "uniform"): [(0.4, 0.5)]}
 
 
 @pytest.mark.parametrize(
-    ("made", "panels", "drawn"),
+    ("changes", "name"),
     [
-        (record(point(500, 0.2)), 1, 1),
-        (record(point(500, 0.0), point(500, 0.0)), 1, 2),
-        (record(point(500, float("nan")), point(400, 0.5), point(300, None)), 1, 1),
-        (record(point(500, None)), 1, 0),
-        (record(point(500, 0.2, macs=7), point(400, 0.3, "other", macs=5), macs=9), 2, 4),
-        (record(point(500, 0.2, macs=7, latency_ms=1.0, latency_dense_ms=2.0), macs=9), 3, 3),
-        (record(point(500, 0.2, accuracy=0.9), validation="digits", accuracy=0.95), 1, 1),
+        ({}, "error of the weights, predicted"),
+        ({"calibrated": True}, "error of the output, predicted"),
+        ({"calibrated": True, "held_out": 9}, "error of the output, measured"),
+        ({"held_out": 9, "validation": "digits", "accuracy": 0.9}, "accuracy on digits"),
     ],
 )
-def test_whatever_is_known_is_drawn_inside(made, panels, drawn):
-    text = picture(made)
-    root = ElementTree.fromstring(text)
-    width, height = float(root.get("width")), float(root.get("height"))
-    names = {each.allocator for each in made.points}
-    assert len(dots(text)) == drawn + len(names)
-    assert (
-        sum(each.text.endswith("of dense") or "of dense (" in each.text for each in root.iter(f"{SPACE}text")) == panels
-    )
-    for x, y in dots(text):
-        assert 0 < x < width
-        assert 0 < y < height
-    assert any(each.text == "a & b <c>" for each in root.iter(f"{SPACE}text"))
+def test_the_axes_say_what_is_lost(changes, name):
+    made = record(point(500, 0.2, error_measured=0.3, accuracy=0.8), **changes)
+    figure = picture(made)
+    assert [axes.get_ylabel() for axes in figure.axes] == [name]
+    height = {"measured": 0.3, "predicted": 0.2, "digits": 0.8}[name.rpartition(" ")[2]]
+    drawn = curves(figure)
+    assert drawn["parameters", "uniform"] == [(0.5, height)]
+    assert drawn.get(("parameters", "dense")) == ([0.9] if "accuracy" in changes else None)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == (["uniform", "dense"] if "accuracy" in changes else ["uniform"])
 
 
-def test_files_stand_alone_and_are_not_overwritten(tmp_path):
-    made = record(point(500, 0.2))
+def test_the_suffix_says_the_format_and_nothing_is_overwritten(tmp_path):
+    made = record(point(500, 0.2), point(300, 0.4))
     save_picture(made, tmp_path / "a.svg")
-    assert (tmp_path / "a.svg").read_text() == picture(made)
-    save_picture(made, tmp_path / "a.html")
-    page = (tmp_path / "a.html").read_text()
-    assert picture(made) in page
-    assert "src=" not in page
+    text = (tmp_path / "a.svg").read_text()
+    assert "<svg" in text
+    save_picture(made, tmp_path / "a.pdf")
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    save_picture(made, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width > 600
     with pytest.raises(OutputExistsError):
         save_picture(made, tmp_path / "a.svg")
-    save_picture(made, tmp_path / "a.svg", overwrite=True)
-    with pytest.raises(UsageError, match=r"a\.png: pictures are \.svg or \.html files"):
-        save_picture(made, tmp_path / "a.png")
+    save_picture(record(point(300, 0.4)), tmp_path / "a.svg", overwrite=True)
+    assert (tmp_path / "a.svg").read_text() != text
+
+
+def test_names_with_dollar_signs_are_no_formulas(tmp_path):
+    save_picture(record(point(500, 0.2), source="a$_b$^c & <d>"), tmp_path / "a.png")
+
+
+def test_what_cannot_be_drawn_is_told_before_the_work(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match=r"a\.jpg: pictures are \.svg, \.png or \.pdf files"):
+        check_picture(tmp_path / "a.jpg")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match=r"pip install 'lrconvert\[plot\]'"):
+        check_picture(tmp_path / "a.svg")
