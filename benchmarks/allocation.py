@@ -20,15 +20,17 @@ from lrconvert.errors import NothingToCompressError
 from lrconvert.training.data import open_dataset
 from lrconvert.training.evaluation import accuracy_of
 
+# Name to (whether examples are used, allocator, whether layers are then fitted in turn).
 METHODS = {
-    "weights, uniform": (False, "uniform"),
-    "weights, absolute_error": (False, "absolute_error"),
-    "weights, relative_error": (False, "relative_error"),
-    "weights, stable_rank": (False, "stable_rank"),
-    "data-aware, uniform": (True, "uniform"),
-    "data-aware, stable_rank": (True, "stable_rank"),
-    "data-aware, output_error": (True, "output_error"),
-    "data-aware, sensitivity": (True, "sensitivity"),
+    "weights, uniform": (False, "uniform", False),
+    "weights, absolute_error": (False, "absolute_error", False),
+    "weights, relative_error": (False, "relative_error", False),
+    "weights, stable_rank": (False, "stable_rank", False),
+    "data-aware, uniform": (True, "uniform", False),
+    "data-aware, stable_rank": (True, "stable_rank", False),
+    "data-aware, output_error": (True, "output_error", False),
+    "data-aware, sensitivity": (True, "sensitivity", False),
+    "data-aware, output_error, sequential": (True, "output_error", True),
 }
 
 
@@ -56,7 +58,7 @@ def main() -> None:
     results: dict[str, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for ratio in ratios:
-            for name, (aware, allocator) in METHODS.items():
+            for name, (aware, allocator, sequential) in METHODS.items():
                 file = Path(folder) / "small.safetensors"
                 try:
                     record = lrconvert.factorize(
@@ -65,6 +67,7 @@ def main() -> None:
                         overwrite=True,
                         allocator=allocator,
                         calibration=calibration if aware else None,
+                        sequential=sequential,
                         **{"mac_ratio" if options.by == "macs" else "param_ratio": ratio},
                     )
                 except NothingToCompressError as error:

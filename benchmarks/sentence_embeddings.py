@@ -1,7 +1,7 @@
 """A sentence encoder made smaller without training: how well the similarities of sentences keep their order.
 
     python benchmarks/sentence_embeddings.py --model FOLDER --texts FILE [--seeds 3] [--kept 0.8,0.6,0.4]
-        [--distill-minutes 5 --distill-kept 0.6,0.4] [--json FILE]
+        [--distill-minutes 5 --distill-kept 0.6,0.4] [--projections N] [--json FILE]
 
 FOLDER is a Hugging Face folder (all-MiniLM-L6-v2), FILE has one text a line. For each seed 256 texts to calibrate on,
 512 to test on and 4,000 to distil on are drawn, all different. Kept: of the parameters of the encoder's weights.
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--kept", default="0.8,0.6,0.4")
     parser.add_argument("--distill-kept", default="0.6,0.4")
     parser.add_argument("--distill-minutes", type=float, default=0.0, help="0: no distillation")
+    parser.add_argument("--projections", type=int, help="of the output, a backward pass each; the default if left out")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     kept = [float(text) for text in options.kept.split(",")]
@@ -44,15 +45,15 @@ def main() -> None:
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
             run = Run(options.model, options.texts, seed, Path(folder))
-            for name, share, figure in run.without_training(kept):
+            for name, share, figure in run.without_training(kept, options.projections):
                 figures.setdefault(name, {}).setdefault(share, []).append(figure)
-                print(f"seed {seed}  {name:34} {share:g}  {figure:.4f}", flush=True)
+                print(f"seed {seed}  {name:46} {share:g}  {figure:.4f}", flush=True)
             if options.distill_minutes:
                 for share in (float(text) for text in options.distill_kept.split(",")):
                     figure = run.distilled(share, options.distill_minutes)
                     name = f"output_error, {options.distill_minutes:g} min of distillation"
                     figures.setdefault(name, {}).setdefault(share, []).append(figure)
-                    print(f"seed {seed}  {name:34} {share:g}  {figure:.4f}", flush=True)
+                    print(f"seed {seed}  {name:46} {share:g}  {figure:.4f}", flush=True)
     shares = sorted({share for each in figures.values() for share in each}, reverse=True)
     rows = [[name, *(spread(each.get(share)) for share in shares)] for name, each in figures.items()]
     print("\n" + common.table(["kept of the encoder's weights", *map(str, shares)], rows))
@@ -62,6 +63,7 @@ def main() -> None:
         "model": Path(options.model).name,
         "texts": options.texts.name,
         "seeds": options.seeds,
+        "projections": options.projections,
         "figures": figures,
     }
     common.save(record, options.json)
@@ -109,22 +111,25 @@ class Run:
         """Rank correlation with the dense model."""
         return float(np.corrcoef(ranks(similarities(model, self.test)), ranks(self.wanted))[0, 1])
 
-    def without_training(self, shares: list[float]) -> Any:
+    def without_training(self, shares: list[float], projections: int | None) -> Any:
         """(method, kept, figure) of every method."""
-        one_sided, two_sided = self.calibrated(two_sided=False), self.calibrated(measure=True)
-        methods: dict[str, tuple[Any, str]] = {
-            "weights, uniform": (None, "uniform"),
-            "weights, absolute_error": (None, "absolute_error"),
-            "weights, stable_rank": (None, "stable_rank"),
-            "inputs, uniform": (one_sided, "uniform"),
-            "inputs and gradients, uniform": (two_sided, "uniform"),
-            "inputs and gradients, output_error": (two_sided, "output_error"),
-            "inputs and gradients, sensitivity": (two_sided, "sensitivity"),
+        one_sided, two_sided = self.calibrated(two_sided=False), self.calibrated(measure=True, projections=projections)
+        methods: dict[str, tuple[Any, str, bool]] = {
+            "weights, uniform": (None, "uniform", False),
+            "weights, absolute_error": (None, "absolute_error", False),
+            "weights, stable_rank": (None, "stable_rank", False),
+            "inputs, uniform": (one_sided, "uniform", False),
+            "inputs and gradients, uniform": (two_sided, "uniform", False),
+            "inputs and gradients, output_error": (two_sided, "output_error", False),
+            "inputs and gradients, sensitivity": (two_sided, "sensitivity", False),
+            "inputs and gradients, output_error, sequential": (two_sided, "output_error", True),
+            "inputs and gradients, sensitivity, sequential": (two_sided, "sensitivity", True),
         }
-        for name, (calibration, allocator) in methods.items():
+        for name, (calibration, allocator, sequential) in methods.items():
             for kept in shares:
                 plan = self.plan(kept, calibration=calibration, allocator=allocator)
-                small = lrconvert.factorize(copy.deepcopy(self.dense), plan, calibration=calibration)
+                dense = copy.deepcopy(self.dense)
+                small = lrconvert.factorize(dense, plan, calibration=calibration, sequential=sequential)
                 yield name, kept, self.figure(small)
 
     def distilled(self, kept: float, minutes: float) -> float:

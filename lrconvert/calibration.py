@@ -44,6 +44,7 @@ class Calibration:
         measured: by layer name, what `lrconvert.sensitivity` measured, where it was asked to.
         output_energy: mean ‖y‖² of the network's (first) output for one example.
         notes: where the examples come from, in words.
+        calls: the examples themselves.
     """
 
     responses: Mapping[str, Response]
@@ -52,6 +53,7 @@ class Calibration:
     output_energy: float
     measured: Mapping[str, FloatArray] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    calls: tuple[Call, ...] = ()
 
     def curves(self) -> dict[str, FloatArray]:
         """By layer name, predicted squared error of the output at every rank (full_rank + 1,), from 0 up."""
@@ -125,7 +127,7 @@ def calibrate(
                 if progress:
                     progress()
             responses |= watch.responses(examples)
-    return Calibration(responses, examples, two_sided, energy / examples)
+    return Calibration(responses, examples, two_sided, energy / examples, calls=tuple(calls))
 
 
 def can_respond(layer: Layer) -> bool:

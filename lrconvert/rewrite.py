@@ -1,11 +1,12 @@
 """Turning one state dict into another in small steps, so that only a few tensors are in memory at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lrconvert.errors import ModelError
 from lrconvert.parallel import map_layers
 from lrconvert.tensors import TensorRef
 
@@ -35,6 +36,25 @@ class Rewrite:
 def moving(source: str, ref: TensorRef, key: str) -> Rewrite:
     """The step that writes a tensor as it is, perhaps under another key."""
     return Rewrite(source, {key: (ref.shape, ref.dtype)}, ref.numel, lambda: {key: ref.read()}, ref.alias_of)
+
+
+def overruled(steps: Sequence[Rewrite], values: Mapping[str, Tensor]) -> list[Rewrite]:
+    """`steps`, that write `values` by key, each in the dtype that was meant for it, in place of what they make.
+
+    Raises:
+        ModelError: nothing of the name of a value is written.
+    """
+    lost = next((key for key in values if key not in layout_of(steps)), None)
+    if lost is not None:
+        raise ModelError(f"the checkpoint has no tensor {lost}: its keys are not the model's; work on a live model")
+
+    def overruling(step: Rewrite) -> Rewrite:
+        found = {key: values[key].detach().cpu().to(dtype) for key, (_, dtype) in step.outputs.items() if key in values}
+        if not found:
+            return step
+        return replace(step, make=lambda: {**step.make(), **{key: each.contiguous() for key, each in found.items()}})
+
+    return [overruling(step) for step in steps]
 
 
 def layout_of(steps: Sequence[Rewrite]) -> Layout:

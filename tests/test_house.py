@@ -27,6 +27,7 @@ FLOORS = [
         "onnx_graph",
         "profiling",
         "sensitivity",
+        "sequential",
         "single_layers",
         "speed",
         "surgery",

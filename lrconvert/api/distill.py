@@ -16,9 +16,8 @@ from lrconvert.inputs import Call
 from lrconvert.loading import load
 from lrconvert.network import Network, open_network
 from lrconvert.report.record_training import DistillRecord
-from lrconvert.rewrite import Rewrite, moving
+from lrconvert.rewrite import moving, overruled
 from lrconvert.samples import read_samples
-from lrconvert.tensors import TensorRef
 from lrconvert.training.imitation import imitate, trainable
 
 _MINUTES = 5.0
@@ -111,9 +110,9 @@ def distill(
         progress=progress,
     )
     if source is not None:
-        write_checkpoint(
-            Path(str(output)), _rewrites(source, student), source.header, source, overwrite=overwrite, device=where
-        )
+        same = [moving(key, ref, key) for key, ref in source.tensors.items()]
+        steps = overruled(same, trainable(student))
+        write_checkpoint(Path(str(output)), steps, source.header, source, overwrite=overwrite, device=where)
     return DistillRecord(
         source=_name(small),
         teacher=_name(teacher),
@@ -167,27 +166,6 @@ def _network(
         if not isinstance(source, nn.Module):
             return open_network(source, model, model_args)
     return open_network(small)
-
-
-def _rewrites(source: Checkpoint, trained: nn.Module) -> list[Rewrite]:
-    """The steps that write `source` again, with the trained factors in place of its own, in the dtype of the file."""
-    factors = trainable(trained)
-    lost = next((name for name in factors if name not in source.tensors), None)
-    if lost is not None:
-        raise ModelError(f"{source.path} has no tensor {lost}: its keys are not the model's; distill a live model")
-    return [
-        _replacing(key, ref, factors[key]) if key in factors else moving(key, ref, key)
-        for key, ref in source.tensors.items()
-    ]
-
-
-def _replacing(key: str, ref: TensorRef, parameter: nn.Parameter) -> Rewrite:
-    return Rewrite(
-        key,
-        {key: (ref.shape, ref.dtype)},
-        ref.numel,
-        lambda: {key: parameter.detach().cpu().to(ref.dtype).contiguous()},
-    )
 
 
 def _name(source: str | Path | nn.Module) -> str:

@@ -1,12 +1,13 @@
 """`factorize` and `merge`: doing what a plan says to a file or to a live model."""
 
+import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrconvert.analysis import Progress, analyze_layers
 from lrconvert.api.common import header_for, resolve_device
@@ -17,12 +18,16 @@ from lrconvert.checkpoints.folder import left_behind
 from lrconvert.errors import NothingToCompressError, UsageError
 from lrconvert.factorization import factorizing
 from lrconvert.hf.mark import mark
-from lrconvert.inputs import shape_of
+from lrconvert.inputs import Call, shape_of
+from lrconvert.loading import model_of
 from lrconvert.network import Network, Source, open_network, refuse_quantized
 from lrconvert.plan import Plan, check_plan
 from lrconvert.planning import refuse_factorized
 from lrconvert.report.decisions import layer_decisions, macs_after
 from lrconvert.report.record import FactorizeRecord
+from lrconvert.response import Response
+from lrconvert.rewrite import overruled
+from lrconvert.sequential import fit_in_turn
 from lrconvert.surgery import check_fits, factorize_module, merge_module
 from lrconvert.tensors import shapes_of
 
@@ -47,6 +52,7 @@ def factorize(
     overwrite: bool = False,
     dry_run: bool = False,
     calibration: Calibration | None = None,
+    sequential: bool = False,
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -63,6 +69,9 @@ def factorize(
         overwrite: replace an existing output.
         dry_run: decide and report, write nothing.
         calibration: what `calibrate` learned: layers that it knows are factorized for least error of the output.
+        sequential: then fit each layer to what the dense one returns for the examples of the calibration, on what the
+            factorized layers before it give; see `lrconvert.sequential`. The network is run as often as it has layers
+            behind one another.
         model, model_args, input_shape, device, progress: see `analyze`.
         settings: more arguments of `make_plan`, when `plan` is a rule.
 
@@ -82,6 +91,8 @@ def factorize(
     refuse_factorized(network)
     if graph is not None and calibration is not None:
         raise UsageError(f"{network.name} is a graph, which is not factorized by examples: factorize its model")
+    if sequential and calibration is None:
+        raise UsageError("fitting layers in turn takes the examples of a calibration: calibration=calibrate(…)")
     if isinstance(source, nn.Module):
         if output is not None or dry_run:
             raise UsageError("a live model is factorized in place: no output, no dry run; lrconvert.save writes it")
@@ -106,13 +117,20 @@ def factorize(
     responses = calibration.responses if calibration else None
     if not plan.low_rank:
         raise NothingToCompressError(_why_nothing(plan, network))
+    examples = calibration.calls if calibration and sequential and not dry_run else ()
     if isinstance(source, nn.Module):
-        return mark(factorize_module(source, plan, where, responses=responses))
+        dense = copy.deepcopy(source) if examples else source
+        small = factorize_module(source, plan, where, responses=responses)
+        if examples:
+            fit_in_turn(small, dense, examples, device=where, progress=progress)
+        return mark(small)
     if graph is not None:
         outcome = None if dry_run else _write_graph(network, graph, plan, Path(str(output)), overwrite, where, progress)
         path = None if dry_run else Path(str(output))
         return _record(network, plan, path, time.perf_counter() - started, outcome)
     steps = factorizing(network.tensors, plan, where, responses)
+    if examples:
+        steps = overruled(steps, _fitted(network, plan, responses, examples, where, progress))
     if not dry_run:
         advance = progress("factorizing", len(steps)) if progress else None
         write_checkpoint(
@@ -127,6 +145,22 @@ def factorize(
     return _record(
         network, plan, None if dry_run else Path(str(output)), time.perf_counter() - started, calibration=calibration
     )
+
+
+def _fitted(
+    network: Network,
+    plan: Plan,
+    responses: Mapping[str, Response] | None,
+    examples: Sequence[Call],
+    device: torch.device,
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    """By key, the second factors and biases of `network` factorized by `plan`, fitted in turn."""
+    dense = model_of(network)
+    small = factorize_module(copy.deepcopy(dense), plan, device, responses=responses)
+    fits = fit_in_turn(small, dense, examples, device=device, progress=progress)
+    names = {f"{path}.v.{parameter}".lstrip(".") for path in fits for parameter in ("weight", "bias")}
+    return {name: parameter for name, parameter in small.named_parameters() if name in names}
 
 
 def _write_graph(

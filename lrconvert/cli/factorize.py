@@ -112,6 +112,13 @@ def factorize(
     ] = None,
     calibrate: options.Calibrate = None,
     examples: options.Examples = None,
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential",
+            help="Then fit each layer on what the factorized layers before it give; takes longer.",
+        ),
+    ] = False,
     data_dir: options.DataDir = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -160,6 +167,8 @@ def factorize(
     budget = {name: value for name, value in budgets.items() if value is not None}
     wanted = _rule(auto, {"rank_ratio": rank_ratio, "rank": rank, "energy": energy}, rule, budget, plan)
     count = options.parse_examples(examples, calibrate)
+    if calibrate is None and sequential:
+        raise UsageError("--sequential fits layers on the examples of --calibrate DATA, which is missing")
     if calibrate is None and evaluate is None and data_dir is not None:
         raise UsageError("--data-dir says more about --calibrate DATA or --evaluate DATASET, which are missing")
     if (min_accuracy is None) != (evaluate is None):
@@ -224,6 +233,7 @@ def factorize(
             overwrite=overwrite,
             dry_run=dry_run,
             calibration=calibration,
+            sequential=sequential,
             device=device,
             progress=progress,
         )

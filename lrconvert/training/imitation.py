@@ -24,7 +24,7 @@ from lrconvert.training.pace import ByClock, BySteps, Pace, rate
 from lrconvert.training.teacher import Teacher
 
 _CLIP = 1.0
-# How often the held-out error is measured, and after how many times without a new best the run ends.
+# How often the held-out error is measured, and after how many times without a lower one the run ends.
 _LOOKS, _PATIENCE = 10, 5
 # Bytes of the teacher's activations that are kept.
 _MEMORY = 4 << 30
@@ -189,13 +189,16 @@ class _Run:
         optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
         advance = progress(f"distilling, {pace.unit}", pace.units) if progress else None
         steps = looks = told = waited = 0
+        lowest = math.inf
         for number in self._numbers():
             share = pace.share(steps)
             if share >= 1:
                 break
             if share * _LOOKS >= looks + 1:
                 looks += 1
-                waited = 0 if self._look() else waited + 1
+                # Beside the looks before, not the start: a high learning rate first makes good factors worse.
+                error = self._look()
+                lowest, waited = (error, 0) if error < lowest else (lowest, waited + 1)
                 if waited == _PATIENCE:
                     return steps, True
             for group in optimizer.param_groups:
@@ -224,13 +227,12 @@ class _Run:
         nn.utils.clip_grad_norm_(self.trained.values(), _CLIP)
         optimizer.step()
 
-    def _look(self) -> bool:
-        """Measure, and keep the weights if they are the best so far; whether they are."""
+    def _look(self) -> float:
+        """Measure the held-out error, and keep the weights if they are the best so far."""
         error = self._error()
-        if not error < self.best_error:
-            return False
-        self.best_error, self.best = error, self._weights()
-        return True
+        if error < self.best_error:
+            self.best_error, self.best = error, self._weights()
+        return error
 
     @torch.no_grad()
     def _error(self) -> float:

@@ -1,5 +1,6 @@
 """Data-aware factorization end to end: a network trained on digits, files, budgets and the command line."""
 
+import copy
 import json
 
 import pytest
@@ -149,3 +150,22 @@ def test_what_cannot_be_calibrated_is_said(digits, folder):
         lrconvert.make_plan("dense.safetensors", param_ratio=0.5, allocator="sensitivity", calibration=calibration)
     with pytest.raises(TargetError):
         lrconvert.make_plan("dense.safetensors", param_ratio=0.01, calibration=calibration)
+
+
+def test_layers_fitted_in_turn_are_the_same_in_files_and_live_and_better(digits, folder, cli):
+    dense, x, _ = digits
+    calibration = lrconvert.calibrate("dense.safetensors", "digits", count=200)
+    plan = lrconvert.make_plan("dense.safetensors", "rank_ratio=0.1", calibration=calibration)
+    plain = lrconvert.factorize(copy.deepcopy(dense), plan, calibration=calibration)
+    small = lrconvert.factorize(copy.deepcopy(dense), plan, calibration=calibration, sequential=True)
+    assert error_of(small, dense, x) < 0.95 * error_of(plain, dense, x)
+    lrconvert.factorize("dense.safetensors", plan, output="a.safetensors", calibration=calibration, sequential=True)
+    assert_close(lrconvert.load("a.safetensors")(x), small(x), 1e-5)
+
+    asked = ("factorize", "dense.safetensors", "--rank-ratio", "0.1", "--sequential")
+    done = cli(*asked, "--calibrate", "digits", "--examples", "200", "-o", "b.safetensors")
+    assert done.code == 0, done.err
+    assert_close(lrconvert.load("b.safetensors")(x), small(x), 1e-5)
+    assert "--calibrate DATA, which is missing" in cli.fails(2, *asked, "-o", "c.safetensors")
+    with pytest.raises(UsageError, match="takes the examples of a calibration"):
+        lrconvert.factorize(copy.deepcopy(dense), plan, sequential=True)

@@ -134,13 +134,28 @@ def test_what_is_trained_of_a_recurrent_layer_and_of_attention():
     assert "lstm.weight_hh_l0" not in found
 
 
-def test_a_run_that_gets_no_better_ends_early_with_the_weights_it_began_with():
+def test_a_run_that_gets_no_better_ends_with_the_weights_it_began_with():
     small, dense = pair()
     before = weights(small)
     done = imitate(small, dense, texts(), epochs=10, lr=10.0)
-    assert done.stopped_early
     assert done.error_after == done.error_before
     assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("looks", "stopped_early", "kept"),
+    [
+        ([1, 5, 4.8, 4.6, 4.4, 4.2, 4, 3, 2, 0.9, 0.5], False, 0.5),  # worse for long, and better in the end
+        ([1, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1, 1, 0.1, 0.1], True, 0.5),
+        ([1, 5, 6, 7, 8, 9, 10, 0.1, 0.1, 0.1, 0.1], True, 1),
+    ],
+)
+def test_a_run_ends_early_where_its_own_looks_get_no_better(monkeypatch, looks, stopped_early, kept):
+    small, dense = pair()
+    errors = iter(looks)
+    monkeypatch.setattr(imitation._Run, "_error", lambda self: next(errors))
+    done = imitate(small, dense, texts(), epochs=10)
+    assert (done.stopped_early, done.error_after) == (stopped_early, kept)
 
 
 def test_a_loss_that_is_no_number_is_one_error_and_leaves_the_best_weights(monkeypatch):
