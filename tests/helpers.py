@@ -14,6 +14,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, tor
 def assert_close(got, want, tolerance=None):
     """‖got − want‖ ≤ tolerance · ‖want‖, by dtype unless given; the reference must not be zero."""
     assert got.shape == want.shape
+    got, want = got.detach(), want.detach()
     size = torch.linalg.vector_norm(want.double())
     assert size > 0, "the reference is zero, and everything would pass"
     difference = float(torch.linalg.vector_norm(got.double() - want.double()) / size)

@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -129,8 +130,10 @@ def factorize(
         path = None if dry_run else Path(str(output))
         return _record(network, plan, path, time.perf_counter() - started, outcome)
     steps = factorizing(network.tensors, plan, where, responses)
+    notes = tuple(f"calibrated on {note}" for note in calibration.notes) if calibration else ()
     if examples:
-        steps = overruled(steps, _fitted(network, plan, responses, examples, where, progress))
+        values, fitted = _fitted(network, plan, responses, examples, where, progress)
+        steps, notes = overruled(steps, values), (*notes, *fitted)
     if not dry_run:
         advance = progress("factorizing", len(steps)) if progress else None
         write_checkpoint(
@@ -142,9 +145,7 @@ def factorize(
             device=where,
             progress=advance,
         )
-    return _record(
-        network, plan, None if dry_run else Path(str(output)), time.perf_counter() - started, calibration=calibration
-    )
+    return _record(network, plan, None if dry_run else Path(str(output)), time.perf_counter() - started, notes=notes)
 
 
 def _fitted(
@@ -154,13 +155,17 @@ def _fitted(
     examples: Sequence[Call],
     device: torch.device,
     progress: Progress | None,
-) -> dict[str, Tensor]:
-    """By key, the second factors and biases of `network` factorized by `plan`, fitted in turn."""
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """By key, the second factors and biases of `network` factorized by `plan`, fitted in turn; and what it did."""
     dense = model_of(network)
     small = factorize_module(copy.deepcopy(dense), plan, device, responses=responses)
     fits = fit_in_turn(small, dense, examples, device=device, progress=progress)
     names = {f"{path}.v.{parameter}".lstrip(".") for path in fits for parameter in ("weight", "bias")}
-    return {name: parameter for name, parameter in small.named_parameters() if name in names}
+    values = {name: parameter.detach() for name, parameter in small.named_parameters() if name in names}
+    if not fits:
+        return values, ("no layer could be fitted in turn",)
+    before, after = fmean(fit.error_before for fit in fits.values()), fmean(fit.error_after for fit in fits.values())
+    return values, (f"{len(fits)} layers fitted in turn: error of their outputs {before:.3g} → {after:.3g} on average",)
 
 
 def _write_graph(
@@ -236,7 +241,7 @@ def _record(
     output: Path | None,
     seconds: float,
     outcome: "Outcome | None" = None,
-    calibration: Calibration | None = None,
+    notes: Sequence[str] = (),
 ) -> FactorizeRecord:
     rows = layer_decisions(plan, network.trace)
     return FactorizeRecord(
@@ -263,7 +268,7 @@ def _record(
             *network.notes,
             *(left_behind(network.checkpoint) if network.checkpoint else ()),
             *([outcome.note] if outcome else []),
-            *([f"calibrated on {note}" for note in calibration.notes] if calibration else []),
+            *notes,
             *_smaller_only(plan, graph=network.checkpoint is not None and network.checkpoint.graph is not None),
         ),
         layers=rows,
