@@ -17,14 +17,29 @@ def factorize(
         typer.Option("--output", "-o", help="A .safetensors or .pt file; .onnx or a folder when CKPT is one."),
     ] = None,
     auto: Annotated[
-        bool, typer.Option("--auto", help="Cuttlefish: scaled stable rank, for linear layers accumulative rank too.")
+        bool,
+        typer.Option(
+            "--auto",
+            help="Cuttlefish: scaled stable rank, for linear layers accumulative rank too.",
+            rich_help_panel=options.RANKS,
+        ),
     ] = False,
     rank_ratio: Annotated[
-        float | None, typer.Option("--rank-ratio", help="Rank / full rank, the same in every layer (Pufferfish's ρ).")
+        float | None,
+        typer.Option(
+            "--rank-ratio",
+            help="Rank / full rank, the same in every layer (Pufferfish's ρ).",
+            rich_help_panel=options.RANKS,
+        ),
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="The same rank in every layer.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="The same rank in every layer.", rich_help_panel=options.RANKS)
+    ] = None,
     energy: Annotated[
-        float | None, typer.Option("--energy", help="Share of the sum of squared singular values to keep.")
+        float | None,
+        typer.Option(
+            "--energy", help="Share of the sum of squared singular values to keep.", rich_help_panel=options.RANKS
+        ),
     ] = None,
     rule: Annotated[
         str | None,
@@ -32,33 +47,56 @@ def factorize(
             "--rule",
             help="auto, stable_rank, scaled_stable_rank, effective_rank, hard_threshold, vbmf, accumulative=0.8, …",
             metavar="NAME[=NUMBER]",
+            rich_help_panel=options.RANKS,
         ),
     ] = None,
     param_ratio: Annotated[
-        float | None, typer.Option("--param-ratio", help="Parameters of the whole network, compressed / original.")
+        float | None,
+        typer.Option(
+            "--param-ratio",
+            help="Parameters of the whole network, compressed / original.",
+            rich_help_panel=options.RANKS,
+        ),
     ] = None,
     mac_ratio: Annotated[
-        float | None, typer.Option("--mac-ratio", help="MACs of the whole network, compressed / original.")
+        float | None,
+        typer.Option(
+            "--mac-ratio", help="MACs of the whole network, compressed / original.", rich_help_panel=options.RANKS
+        ),
     ] = None,
     latency_ratio: Annotated[
         float | None,
-        typer.Option("--latency-ratio", help="Time of one call, compressed / original, measured on this device."),
+        typer.Option(
+            "--latency-ratio",
+            help="Time of one call, compressed / original, measured on this device.",
+            rich_help_panel=options.RANKS,
+        ),
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option("--max-error", help="Largest ‖W − VU‖/‖W‖ of all factorizable layers together."),
+        typer.Option(
+            "--max-error",
+            help="Largest ‖W − VU‖/‖W‖ of all factorizable layers together.",
+            rich_help_panel=options.RANKS,
+        ),
     ] = None,
     min_accuracy: Annotated[
         float | None,
-        typer.Option("--min-accuracy", help="Least accuracy on --evaluate DATASET, by the fewest parameters."),
+        typer.Option(
+            "--min-accuracy",
+            help="Least accuracy on --evaluate DATASET, by the fewest parameters.",
+            rich_help_panel=options.RANKS,
+        ),
     ] = None,
     evaluate: options.Evaluate = None,
     allocator: Annotated[
         str | None,
         typer.Option(
             "--allocator",
-            help="How a budget is distributed: relative_error, absolute_error, stable_rank or uniform.",
+            help="How a budget is distributed: relative_error, absolute_error, stable_rank or uniform; with "
+            "--calibrate also output_error (the default) or sensitivity.",
             metavar="NAME",
+            rich_help_panel=options.RANKS,
         ),
     ] = None,
     goal: Annotated[
@@ -67,22 +105,39 @@ def factorize(
             "--for",
             help="speed: no layer that is not faster, measured; both (--auto's own): none that is slower; or size.",
             metavar="GOAL",
+            rich_help_panel=options.SPEED,
         ),
     ] = None,
     batch_size: options.TimedBatch = None,
     channels_last: options.ChannelsLast = False,
     plan: Annotated[
-        Path | None, typer.Option("--plan", help="Run a plan that --save-plan wrote.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--plan", help="Run a plan that --save-plan wrote.", metavar="FILE", rich_help_panel=options.RANKS
+        ),
     ] = None,
     save_plan: Annotated[
-        Path | None, typer.Option("--save-plan", help="Write the plan as JSON, to edit or run again.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--save-plan",
+            help="Write the plan as JSON, to edit or run again.",
+            metavar="FILE",
+            rich_help_panel=options.RANKS,
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write no checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, write no checkpoint.", rich_help_panel=options.RANKS)
+    ] = False,
     keep_first: options.KeepFirst = None,
     factorize_last: options.FactorizeLast = False,
     layer_rank: Annotated[
         list[str] | None,
-        typer.Option("--layer-rank", help="The rank of these layers, whatever the rule says.", metavar="PATTERN=RANK"),
+        typer.Option(
+            "--layer-rank",
+            help="The rank of these layers, whatever the rule says.",
+            metavar="PATTERN=RANK",
+            rich_help_panel=options.RANKS,
+        ),
     ] = None,
     split: Annotated[
         list[str] | None,
@@ -90,25 +145,42 @@ def factorize(
             "--split",
             help="Outputs in N parts, each factorized on its own ('*.qkv=3'); 1: gates, or q, k and v, jointly.",
             metavar="PATTERN=N",
+            rich_help_panel=options.LAYERS,
         ),
     ] = None,
     include_embeddings: Annotated[
-        bool, typer.Option("--include-embeddings", help="Embeddings too; by default they stay dense.")
+        bool,
+        typer.Option(
+            "--include-embeddings", help="Embeddings too; by default they stay dense.", rich_help_panel=options.LAYERS
+        ),
     ] = False,
     extra_bn: Annotated[
         bool,
-        typer.Option("--extra-bn", help="A BatchNorm between the factors, for training on; Cuttlefish section 4.1."),
+        typer.Option(
+            "--extra-bn",
+            help="A BatchNorm between the factors, for training on; Cuttlefish section 4.1.",
+            rich_help_panel=options.LAYERS,
+        ),
     ] = False,
     view: Annotated[
         str | None,
-        typer.Option("--view", help="channel, or spatial: 2-d convolutions become one across and one down."),
+        typer.Option(
+            "--view",
+            help="channel, or spatial: 2-d convolutions become one across and one down.",
+            rich_help_panel=options.LAYERS,
+        ),
     ] = None,
     rank_multiple: Annotated[
         str | None,
-        typer.Option("--rank-multiple", help="Round ranks to multiples of this; auto: what the device likes."),
+        typer.Option(
+            "--rank-multiple",
+            help="Round ranks to multiples of this; auto: what the device likes.",
+            rich_help_panel=options.RANKS,
+        ),
     ] = None,
     rank_floor: Annotated[
-        float | None, typer.Option("--rank-floor", help="Smallest rank, as a share of full rank.")
+        float | None,
+        typer.Option("--rank-floor", help="Smallest rank, as a share of full rank.", rich_help_panel=options.RANKS),
     ] = None,
     calibrate: options.Calibrate = None,
     examples: options.Examples = None,
@@ -117,6 +189,7 @@ def factorize(
         typer.Option(
             "--sequential",
             help="Then fit each layer on what the factorized layers before it give; takes longer.",
+            rich_help_panel=options.EXAMPLES,
         ),
     ] = False,
     data_dir: options.DataDir = None,

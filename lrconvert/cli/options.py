@@ -8,40 +8,74 @@ import typer
 
 from lrconvert.errors import UsageError
 
+# Headings of --help, for commands with many options.
+NETWORK, LAYERS, EXAMPLES, SPEED, OUTPUT = "The network", "Which layers", "Examples", "Speed", "What is printed"
+RANKS = "Ranks: one rule, one budget, or a plan"
+
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="A .pt, .pth, .bin, .pt2, .safetensors or .onnx file, or a folder.")
 ]
 CheckpointKey = Annotated[
     str | None,
-    typer.Option("--checkpoint-key", help="Which state dict of a training checkpoint: model, ema, …", metavar="KEY"),
+    typer.Option(
+        "--checkpoint-key",
+        help="Which state dict of a training checkpoint: model, ema, …",
+        metavar="KEY",
+        rich_help_panel=NETWORK,
+    ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="What to write; the suffix says the format.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="Architecture: torchvision/NAME or file.py:factory (which is run).", metavar="MODEL"),
+    typer.Option(
+        "--model",
+        help="Architecture: torchvision/NAME or file.py:factory (which is run).",
+        metavar="MODEL",
+        rich_help_panel=NETWORK,
+    ),
 ]
 ModelArg = Annotated[
-    list[str] | None, typer.Option("--model-arg", help="Keyword argument of the architecture.", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Option(
+        "--model-arg", help="Keyword argument of the architecture.", metavar="KEY=VALUE", rich_help_panel=NETWORK
+    ),
 ]
 InputShape = Annotated[
-    str | None, typer.Option("--input-shape", help="Shape of one input without the batch.", metavar="3,224,224")
+    str | None,
+    typer.Option(
+        "--input-shape", help="Shape of one input without the batch.", metavar="3,224,224", rich_help_panel=NETWORK
+    ),
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option("--include", "-i", help="Only layers like this: a glob, or re:REGEX.", metavar="PATTERN"),
+    typer.Option(
+        "--include", "-i", help="Only layers like this: a glob, or re:REGEX.", metavar="PATTERN", rich_help_panel=LAYERS
+    ),
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option("--exclude", "-e", help="Not layers like this; wins over -i.", metavar="PATTERN")
+    list[str] | None,
+    typer.Option(
+        "--exclude", "-e", help="Not layers like this; wins over -i.", metavar="PATTERN", rich_help_panel=LAYERS
+    ),
 ]
 Init = Annotated[
-    Path | None, typer.Option("--init", help="The checkpoint at initialisation, to measure ξ.", metavar="CKPT")
+    Path | None,
+    typer.Option(
+        "--init", help="The checkpoint at initialisation, to measure ξ.", metavar="CKPT", rich_help_panel=LAYERS
+    ),
 ]
 KeepFirst = Annotated[
-    int | None, typer.Option("--keep-first", help="K: leading layers that stay dense; 1 unless said otherwise.")
+    int | None,
+    typer.Option(
+        "--keep-first", help="K: leading layers that stay dense; 1 unless said otherwise.", rich_help_panel=LAYERS
+    ),
 ]
 FactorizeLast = Annotated[
-    bool, typer.Option("--factorize-last", help="The last classifier too; by default it stays dense.")
+    bool,
+    typer.Option(
+        "--factorize-last", help="The last classifier too; by default it stays dense.", rich_help_panel=LAYERS
+    ),
 ]
 Calibrate = Annotated[
     str | None,
@@ -50,18 +84,25 @@ Calibrate = Annotated[
         help="Examples without labels, for least error of the output: a text file, a folder of images, .npz, a "
         "dataset's name, file.py:factory.",
         metavar="DATA",
+        rich_help_panel=EXAMPLES,
     ),
 ]
-Examples = Annotated[int | None, typer.Option("--examples", help="Of --calibrate; 256 unless said otherwise.")]
+Examples = Annotated[
+    int | None, typer.Option("--examples", help="Of --calibrate; 256 unless said otherwise.", rich_help_panel=EXAMPLES)
+]
 Evaluate = Annotated[
     str | None,
     typer.Option("--evaluate", help="Labelled images, on whose held-out part accuracy is measured.", metavar="DATASET"),
 ]
 TimedBatch = Annotated[
-    int | None, typer.Option("--batch-size", help="Of the calls that are timed; 1 unless said otherwise.")
+    int | None,
+    typer.Option("--batch-size", help="Of the calls that are timed; 1 unless said otherwise.", rich_help_panel=SPEED),
 ]
 ChannelsLast = Annotated[
-    bool, typer.Option("--channels-last", help="Images and convolutions are channels_last when they are timed.")
+    bool,
+    typer.Option(
+        "--channels-last", help="Images and convolutions are channels_last when they are timed.", rich_help_panel=SPEED
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Overrides = Annotated[
@@ -78,10 +119,15 @@ DataDir = Annotated[
 TensorBoard = Annotated[
     Path | None, typer.Option("--tensorboard", help="Write TensorBoard logs here too.", metavar="DIR")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout, all else on stderr.")]
-Csv = Annotated[bool, typer.Option("--csv", help="Print the record's rows as CSV on stdout, all else on stderr.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every row and column.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the record as JSON on stdout, all else on stderr.", rich_help_panel=OUTPUT)
+]
+Csv = Annotated[
+    bool,
+    typer.Option("--csv", help="Print the record's rows as CSV on stdout, all else on stderr.", rich_help_panel=OUTPUT),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=OUTPUT)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every row and column.", rich_help_panel=OUTPUT)]
 
 
 def parse_model_args(given: list[str] | None) -> dict[str, Any]:
