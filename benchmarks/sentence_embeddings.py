@@ -34,13 +34,13 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--kept", default="0.8,0.6,0.4")
+    parser.add_argument("--kept", default="0.8,0.6,0.4", help="without training; '' for none")
     parser.add_argument("--distill-kept", default="0.6,0.4")
     parser.add_argument("--distill-minutes", type=float, default=0.0, help="0: no distillation")
     parser.add_argument("--projections", type=int, help="of the output, a backward pass each; the default if left out")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    kept = [float(text) for text in options.kept.split(",")]
+    kept = [float(text) for text in options.kept.split(",") if text]
     figures: dict[str, dict[float, list[float]]] = {}
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
