@@ -21,7 +21,8 @@ from lrconvert.inputs import Call
 from lrconvert.layers import COMPOSITE_KINDS, Layer
 from lrconvert.layers.explicit import explicit
 from lrconvert.modes import at_rest
-from lrconvert.outputs import floats_in, shown, token_mask
+from lrconvert.moments import summed_products, wide
+from lrconvert.outputs import floats_in, shown, shown_rows, token_mask
 from lrconvert.products import Product, product_of
 from lrconvert.response import Response
 
@@ -208,7 +209,7 @@ class _Moments:
     def backward(self, product: Product, seen: Tensor, groups: slice, keep: Tensor | None, gradient: Tensor) -> None:
         """Add what a product saw, now that the gradient of its outputs is known."""
         self.reached = True
-        arrived = _wide(product.outputs(gradient, len(seen), keep))
+        arrived = wide(product.outputs(gradient, len(seen), keep))
         # Half of C is weighted by what each position means for the output: E[x xᵀ]·E[g gᵀ] says nothing of positions
         # that are large in both. On a sentence encoder neither half alone keeps as much (benchmarks/README.md).
         weights = (arrived**2).sum(dim=2, keepdim=True)
@@ -217,13 +218,15 @@ class _Moments:
         self._add(seen, weights, groups)
         if not self.rows_side:
             arrived = arrived @ self.layer.layout.matrices(product.weight.detach(), len(seen)).to(arrived.dtype)
-        self.backward_sum[groups] += _gram(arrived)
+        self.backward_sum[groups] += summed_products(arrived, arrived)
 
     def _add(self, seen: Tensor, weights: Tensor, groups: slice) -> None:
         """Add (groups, n, s), each position by its weight (groups, n, 1)."""
-        seen, weights = _wide(seen), weights.to(_wide(seen))
+        seen = wide(seen)
+        weights = weights.to(seen)
         self.mean[groups] += (seen * weights).sum(dim=1, dtype=torch.float64).cpu()
-        self.forward_sum[groups] += _gram(seen * weights.sqrt())
+        rooted = seen * weights.sqrt()
+        self.forward_sum[groups] += summed_products(rooted, rooted)
 
     def response(self, weight: Tensor, examples: int) -> Response | None:
         """The response, if anything was seen; `weight` is the layer's."""
@@ -243,17 +246,6 @@ class _Moments:
             return Response(name, "columns", self.forward_sum / kept, self.backward_sum * an_example, mean)
         matrices = self.layer.layout.matrices(weight.detach().double().cpu(), self.layer.groups)
         return Response(name, "columns", self.forward_sum / kept, matrices.mT @ matrices, mean)
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """Σ x xᵀ (groups, s, s) of (groups, n, s): products of one call in float32, summed over calls in float64."""
-    with torch.autocast(rows.device.type, enabled=False):
-        return (rows.mT @ rows).double().cpu()
-
-
-def _wide(rows: Tensor) -> Tensor:
-    """`rows` in float32, or float64 if they were: the square of a gradient may be beyond half precision."""
-    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 class _Watch(TorchFunctionMode):
@@ -294,12 +286,8 @@ class _Watch(TorchFunctionMode):
     def _positions(self, product: Product, output: Tensor, moments: "_Moments") -> tuple[int, Tensor | None]:
         """How many positions of a product count, and the numbers of those to look at; None for all there are."""
         n = output.numel() // output.shape[product.channels]
-        shown = None
-        mask = self.mask
-        # (batch, length, …), or (batch · length, out) as transformers' Conv1D computes.
-        if mask is not None and (output.shape[:2] == mask.shape if output.dim() > 2 else len(output) == mask.numel()):
-            shown = mask.flatten().nonzero().flatten()
-            n = len(shown)
+        shown = shown_rows(output.shape[:-1], self.mask) if product.channels == -1 else None
+        n = n if shown is None else len(shown)
         if n <= moments.enough:
             return n, shown
         chosen = torch.randint(n, (moments.enough,), generator=self.generator).to(output.device)

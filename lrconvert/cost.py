@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lrconvert.inputs import Inputs, examples
 from lrconvert.layers import family_of, low_rank_modules
-from lrconvert.modes import evaluating
+from lrconvert.modes import evaluating, without_fast_path
 
 MAC_CONVENTION = "matrix products and convolutions of one forward pass, batch 1"
 
@@ -42,13 +42,8 @@ class Trace:
 @contextmanager
 def countable() -> Iterator[None]:
     """Make torch take the paths that its FLOP counter sees: it misses the fused ones entirely."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with without_fast_path(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        yield
 
 
 # Called with a module, its positional and named arguments, and what it returned.

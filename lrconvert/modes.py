@@ -25,6 +25,8 @@ def at_rest(
 ) -> Iterator[torch.device]:
     """While it lasts, `model` is in eval mode on `device`, its own if None, with gradients for `trained` alone.
 
+    Torch's fused path for encoder layers is off, whose insides neither hooks nor other eyes see.
+
     Yields:
         The device. Afterwards the model is where and as it was; gradients of `trained` are gone.
     """
@@ -35,7 +37,7 @@ def at_rest(
         model.to(device or home).requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        with evaluating(model):
+        with evaluating(model), without_fast_path():
             yield device or home
     finally:
         for parameter in trained:
@@ -43,3 +45,14 @@ def at_rest(
         model.to(home)
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """While it lasts, torch.nn's attention and encoder layers compute what their parts would."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,6 +1,7 @@
 """What a network returns, as tensors without the places that belong to no token of the call."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,3 +30,18 @@ def shown(tensor: Tensor, mask: Tensor | None) -> Tensor:
     """
     # (batch, length) alone could be logits of as many classes as there are tokens.
     return tensor if mask is None or tensor.dim() < 3 or tensor.shape[:2] != mask.shape else tensor[mask]
+
+
+def shown_rows(leading: Sequence[int], mask: Tensor | None) -> Tensor | None:
+    """Which rows of a tensor (*leading, channels), seen as (rows, channels), the mask (batch, length) shows.
+
+    Args:
+        leading: (batch, length, …), or (batch · length,), as transformers' Conv1D computes.
+        mask: see `token_mask`.
+
+    Returns:
+        Their numbers; None for all, also where there is not a row for each token.
+    """
+    if mask is None or tuple(leading[:2]) not in (tuple(mask.shape), (mask.numel(),)):
+        return None
+    return mask.flatten().repeat_interleave(math.prod(leading[2:])).nonzero().flatten()

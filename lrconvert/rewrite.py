@@ -44,15 +44,19 @@ def overruled(steps: Sequence[Rewrite], values: Mapping[str, Tensor]) -> list[Re
     Raises:
         ModelError: nothing of the name of a value is written.
     """
-    lost = next((key for key in values if key not in layout_of(steps)), None)
+    made = layout_of(steps)
+    lost = next((key for key in values if key not in made), None)
     if lost is not None:
         raise ModelError(f"the checkpoint has no tensor {lost}: its keys are not the model's; work on a live model")
 
     def overruling(step: Rewrite) -> Rewrite:
         found = {key: values[key].detach().cpu().to(dtype) for key, (_, dtype) in step.outputs.items() if key in values}
+        # What shares its memory with an overruled tensor keeps its own values.
+        alias_of = None if found or step.alias_of in values else step.alias_of
         if not found:
-            return step
-        return replace(step, make=lambda: {**step.make(), **{key: each.contiguous() for key, each in found.items()}})
+            return replace(step, alias_of=alias_of)
+        make = lambda: {**step.make(), **{key: tensor.contiguous() for key, tensor in found.items()}}  # noqa: E731
+        return replace(step, make=make, alias_of=alias_of)
 
     return [overruling(step) for step in steps]
 

@@ -6,8 +6,8 @@ eigenvalues, which come out several times, while the largest stays as accurate a
 https://doi.org/10.1016/0024-3795(80)90167-6).
 
 On the CPU each product reads W itself, twice: a trained layer needs so few that its Gram matrix would take longer to
-form. numpy computes it, whose OpenBLAS is there twice as fast as torch. On a GPU, where starting a kernel is what takes
-time, the Gram matrices of many layers iterate together.
+form. numpy computes it: what torch adds to every call is as much as a small product takes. On a GPU, where starting a
+kernel is what takes time, the Gram matrices of many layers iterate together.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -148,7 +148,6 @@ def _iterated_together(gram: Tensor) -> Tensor:
         alpha = (image * vector).sum(dim=1, keepdim=True)
         image = image - alpha * vector - beta * before
         beta = torch.linalg.vector_norm(image, dim=1, keepdim=True)
-        # As on the CPU.
         beta = torch.where(beta > _ROUNDING * alpha, beta, 0.0)
         before, vector = vector, torch.where(beta > 0, image / torch.where(beta > 0, beta, 1.0), 0.0)
         diagonal.append(alpha)
@@ -175,4 +174,4 @@ def _largest_ritz_value(diagonal: FloatArray, off: FloatArray) -> tuple[FloatArr
     values, vectors = np.linalg.eigh(matrix)
     residual = off[:, -1] * np.abs(vectors[:, -1, -1])
     gap = values[:, -1] - values[:, -2] - residual
-    return values[:, -1], np.where(gap > residual, residual**2 / np.maximum(gap, residual), residual)
+    return values[:, -1], np.divide(residual**2, gap, out=residual.copy(), where=gap > residual)

@@ -9,7 +9,7 @@ from torch import nn
 
 import lrconvert
 from lrconvert import sequential
-from lrconvert.errors import UsageError
+from lrconvert.errors import UsageError, WeightError
 from lrconvert.inputs import Call
 from lrconvert.sequential import fit_in_turn
 
@@ -146,6 +146,134 @@ def test_recurrent_and_transposed_layers_stay_as_they_are():
     assert list(fit_in_turn(small, dense, calls(2, 3, 6, 7, dtype=torch.float32))) == ["head"]
     changed = {name for name, tensor in small.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed <= {"head.v.weight", "head.v.bias"}
+
+
+class Fire(nn.Module):
+    """Two layers with one input, what the first returns being changed in place before the second runs."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 10), nn.Linear(12, 10)
+        self.in_place = in_place
+
+    def forward(self, x):
+        first = self.first(x)
+        first = first.relu_().mul_(3) if self.in_place else first.relu() * 3
+        return first + self.second(x)
+
+
+def test_what_is_changed_in_place_later_is_seen_as_it_was():
+    dense = Fire(in_place=True).double()
+    plain = Fire(in_place=False).double()
+    plain.load_state_dict(dense.state_dict())
+    examples = calls(6, 50, 12)
+    fitted = []
+    for network in (dense, plain):
+        small = factorized(network, 2)
+        fit_in_turn(small, network, examples)
+        fitted.append(small.state_dict())
+    assert all(torch.equal(tensor, fitted[1][name]) for name, tensor in fitted[0].items())
+
+
+def test_an_input_that_was_changed_in_place_is_another_one():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x):
+            x = x + 0
+            x += self.a(x).tanh()
+            return self.b(x)
+
+    small = factorized(Residual(), 2)
+    assert sequential._steps(small, calls(1, 4, 12, dtype=torch.float32)[0]) == [{"a": 1}, {"b": 1}]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_unit_of_the_activations_does_not_matter(scale):
+    sizes = torch.logspace(-1, 1, 12, dtype=torch.float64)
+    examples = [Call((sizes * (1 + call.args[0]),), {}, 40) for call in calls(4, 40, 12)]
+    dense = nn.Sequential(nn.Linear(12, 10)).double()
+    scaled = copy.deepcopy(dense)
+    with torch.no_grad():
+        scaled[0].bias *= scale
+    errors = []
+    for network, factor in ((dense, 1), (scaled, scale)):
+        small = factorized(network, 2)
+        given = [Call((factor * call.args[0],), {}, 40) for call in examples]
+        errors.append(fit_in_turn(small, network, given)["0"].error_after)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+
+
+def test_embeddings_stay_as_they_are():
+    dense = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 16))
+    small = factorized(dense, 4, include_embeddings=True)
+    assert type(small[0]).__name__ == "LowRankEmbedding"
+    before = copy.deepcopy(small[0].state_dict())
+    examples = [Call((torch.randint(10, (8, 5)),), {}, 8) for _ in range(4)]
+    assert list(fit_in_turn(small, dense, examples)) == ["1"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small[0].state_dict().items())
+
+
+def test_experts_that_see_other_tokens_in_both_networks_stay_as_they_are():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.one, self.two, self.last = (nn.Linear(12, 12) for _ in range(4))
+
+        def forward(self, x):
+            chosen = self.gate(x).sum(1) > 0
+            out = x.clone()
+            out[chosen], out[~chosen] = self.one(x[chosen]), self.two(x[~chosen])
+            return self.last(out)
+
+    torch.manual_seed(0)
+    dense = Experts()
+    small = factorized(dense, 2)
+    assert list(fit_in_turn(small, dense, calls(4, 200, 12, dtype=torch.float32))) == ["gate", "last"]
+
+
+def test_encoder_layers_of_torch_with_padding():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x, attention_mask):
+            return self.encoder(x, src_key_padding_mask=attention_mask == 0)
+
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    dense = Encoder().eval()
+    small = factorized(dense, 4)
+    fits = fit_in_turn(small, dense, [Call((torch.randn(2, 4, 16),), {"attention_mask": mask}, 2) for _ in range(4)])
+    assert "encoder.layers.1.linear2" in fits
+
+
+def test_layers_called_by_keyword():
+    from transformers.pytorch_utils import Conv1D
+
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Conv1D(10, 12)
+
+        def forward(self, x):
+            return self.layer(x=x)
+
+    dense = Keyword()
+    assert list(fit_in_turn(factorized(dense, 2), dense, calls(4, 5, 6, 12, dtype=torch.float32))) == ["layer"]
+
+
+def test_outputs_that_are_not_finite_name_the_layer():
+    dense = nn.Sequential(nn.Linear(12, 10))
+    small = factorized(dense, 2)
+    examples = calls(4, 5, 12, dtype=torch.float32)
+    examples[1].args[0][0, 0] = torch.nan
+    with pytest.raises(WeightError, match="0: its outputs are NaN"):
+        fit_in_turn(small, dense, examples)
 
 
 def test_one_batch_cannot_be_told_from_chance():

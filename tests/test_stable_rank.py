@@ -84,3 +84,8 @@ def test_nothing_but_the_result_changes():
     assert torch.equal(weight, before)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(stable_rank_of(weight[None]), rank)
+
+
+def test_a_zero_matrix_among_those_that_iterate_together():
+    grams = torch.stack([torch.zeros(200, 200), torch.eye(200)]).double()
+    assert lrconvert.stable_rank._iterated_together(grams).tolist() == pytest.approx([0, 1])

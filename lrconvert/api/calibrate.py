@@ -1,7 +1,8 @@
 """`calibrate`: what a network's weights meet on a few examples, for data-aware factorization."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lrconvert import calibration as numbers
@@ -24,7 +25,7 @@ _OF_EMBEDDINGS = 4
 
 def calibrate(
     source: Source,
-    data: str | Sequence[Call],
+    data: str | Path | Samples | Iterable[Call],
     *,
     seed: int = 0,
     splits: Mapping[str, int] | None = None,
@@ -44,7 +45,8 @@ def calibrate(
 
     Args:
         source: a checkpoint's path or a live model.
-        data: examples without labels: what `lrconvert.samples.read_samples` reads, or calls of the model.
+        data: examples without labels: what `lrconvert.samples.read_samples` reads, what it returns, or calls of the
+            model.
         seed: of the choice of examples, and of the projections.
         splits: of layers that will be factorized in parts, see `make_plan`.
         two_sided: differentiate too, so that errors of all layers are in one unit; one backward pass a batch.
@@ -62,12 +64,12 @@ def calibrate(
     network = open_network(source, model, model_args, input_shape)
     if network.checkpoint is not None and network.checkpoint.graph is not None:
         raise UsageError(f"{network.name} is a graph, which cannot be calibrated: factorize the model it came from")
-    if isinstance(data, str):
-        samples = read_samples(data, network, seed=seed, **reading)
+    if isinstance(data, str | Path):
+        samples = read_samples(str(data), network, seed=seed, **reading)
     elif reading:
         raise UsageError(f"{', '.join(reading)}: calls are taken as they are")
     else:
-        samples = Samples(tuple(data), (f"{sum(call.size for call in data):,} examples",))
+        samples = data if isinstance(data, Samples) else _samples(tuple(data))
     network = replace(network, layers=split(network.layers, tuple((splits or {}).items())))
     live, where = model_of(network), resolve_device(device)
     folder = network.checkpoint.path if network.checkpoint is not None else None
@@ -93,3 +95,11 @@ def calibrate(
         calls = samples.calls[:: max(1, len(samples.calls) // _MEASURED_CALLS)][:_MEASURED_CALLS]
         found = replace(found, measured=measured_curves(live, layers, found, calls, head, advance))
     return found
+
+
+def _samples(calls: tuple[Call, ...]) -> Samples:
+    """`calls` with a note of how many examples they are."""
+    odd = next((call for call in calls if not isinstance(call, Call)), None)
+    if odd is not None:
+        raise UsageError(f"calibration takes lrconvert.samples.Call(args, kwargs, size), not {type(odd).__name__}")
+    return Samples(calls, (f"{sum(call.size for call in calls):,} examples",))

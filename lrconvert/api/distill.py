@@ -86,6 +86,10 @@ def distill(
     # Writing will take about as long as reading did.
     writing = 0.0 if source is None else time.monotonic() - opened
     dense = teacher if isinstance(teacher, nn.Module) else _teacher(teacher, source, model, model_args)
+    if source is not None:
+        lost = next((name for name in trainable(student) if name not in source.tensors), None)
+        if lost is not None:
+            raise ModelError(f"{source.path} has no tensor {lost}: its keys are not the model's; distill a live model")
     if dense is student:
         raise UsageError("the network cannot be its own teacher: give the dense one, a copy from before factorizing")
     notes: tuple[str, ...] = ()

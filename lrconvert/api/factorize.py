@@ -28,7 +28,7 @@ from lrconvert.report.decisions import layer_decisions, macs_after
 from lrconvert.report.record import FactorizeRecord
 from lrconvert.response import Response
 from lrconvert.rewrite import overruled
-from lrconvert.sequential import fit_in_turn
+from lrconvert.sequential import check_examples, fit_in_turn
 from lrconvert.surgery import check_fits, factorize_module, merge_module
 from lrconvert.tensors import shapes_of
 
@@ -71,8 +71,8 @@ def factorize(
         dry_run: decide and report, write nothing.
         calibration: what `calibrate` learned: layers that it knows are factorized for least error of the output.
         sequential: then fit each layer to what the dense one returns for the examples of the calibration, on what the
-            factorized layers before it give; see `lrconvert.sequential`. The network is run as often as it has layers
-            behind one another.
+            factorized layers before it give; see `lrconvert.sequential`. Both networks are run as often as there are
+            layers behind one another.
         model, model_args, input_shape, device, progress: see `analyze`.
         settings: more arguments of `make_plan`, when `plan` is a rule.
 
@@ -94,6 +94,8 @@ def factorize(
         raise UsageError(f"{network.name} is a graph, which is not factorized by examples: factorize its model")
     if sequential and calibration is None:
         raise UsageError("fitting layers in turn takes the examples of a calibration: calibration=calibrate(…)")
+    if sequential and calibration is not None:
+        check_examples(calibration.calls)
     if isinstance(source, nn.Module):
         if output is not None or dry_run:
             raise UsageError("a live model is factorized in place: no output, no dry run; lrconvert.save writes it")
@@ -115,6 +117,8 @@ def factorize(
             check_fits(network.module, plan)
         plan = plan if calibration is None else data_aware(plan, calibration.responses)
         plan = _with_errors(plan, network, where, progress)
+    if sequential and plan.target is not None and plan.target.kind == "min_accuracy":
+        raise UsageError("--min-accuracy was measured before fitting layers in turn, which changes it: leave one out")
     responses = calibration.responses if calibration else None
     if not plan.low_rank:
         raise NothingToCompressError(_why_nothing(plan, network))
@@ -156,11 +160,11 @@ def _fitted(
     device: torch.device,
     progress: Progress | None,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """By key, the second factors and biases of `network` factorized by `plan`, fitted in turn; and what it did."""
+    """By key, the factors and biases of `network` factorized by `plan` and fitted in turn; and what that did."""
     dense = model_of(network)
     small = factorize_module(copy.deepcopy(dense), plan, device, responses=responses)
     fits = fit_in_turn(small, dense, examples, device=device, progress=progress)
-    names = {f"{path}.v.{parameter}".lstrip(".") for path in fits for parameter in ("weight", "bias")}
+    names = {f"{path}.{name}".lstrip(".") for path in fits for name in ("u.weight", "v.weight", "v.bias")}
     values = {name: parameter.detach() for name, parameter in small.named_parameters() if name in names}
     if not fits:
         return values, ("no layer could be fitted in turn",)

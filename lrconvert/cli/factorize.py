@@ -242,6 +242,8 @@ def factorize(
     count = options.parse_examples(examples, calibrate)
     if calibrate is None and sequential:
         raise UsageError("--sequential fits layers on the examples of --calibrate DATA, which is missing")
+    if sequential and min_accuracy is not None:
+        raise UsageError("--sequential would change the accuracy that --min-accuracy measures: leave one of them out")
     if calibrate is None and evaluate is None and data_dir is not None:
         raise UsageError("--data-dir says more about --calibrate DATA or --evaluate DATASET, which are missing")
     if (min_accuracy is None) != (evaluate is None):
@@ -279,6 +281,8 @@ def factorize(
                 network,
                 calibrate,
                 count=count,
+                # Fitting in turn holds a batch in four out.
+                batch_size=min(32, max(count // 4, 1)) if sequential else 32,
                 data_dir=data_dir or "data",
                 splits={layer.name: layer.groups for layer in ready.low_rank}
                 if ready

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,11 @@ def test_calls_of_the_model_are_calibrated_on_as_they_are(digits, folder):
     assert by_calls.responses.keys() == by_name.responses.keys()
     for name, response in by_name.responses.items():
         assert torch.equal(response.signal, by_calls.responses[name].signal)
+    samples = read_samples("digits", open_network("dense.safetensors"), count=60)
+    for other in (samples, iter(calls)):
+        assert lrconvert.calibrate("dense.safetensors", other).examples == 60
+    with pytest.raises(UsageError, match=r"takes lrconvert\.samples\.Call\(args, kwargs, size\), not Tensor"):
+        lrconvert.calibrate("dense.safetensors", [torch.ones(2, 1, 8, 8)])
     with pytest.raises(UsageError, match="count: calls are taken as they are"):
         lrconvert.calibrate("dense.safetensors", calls, count=7)
 
@@ -103,8 +109,6 @@ def test_auto_spends_what_cuttlefish_would(folder):
 
 
 def test_a_live_model_becomes_what_its_file_becomes(digits, folder):
-    import copy
-
     dense, x, _ = digits
     calibration = lrconvert.calibrate("dense.safetensors", "digits", count=100)
     lrconvert.factorize("dense.safetensors", "rank_ratio=0.4", output="s.safetensors", calibration=calibration)
@@ -167,5 +171,11 @@ def test_layers_fitted_in_turn_are_the_same_in_files_and_live_and_better(digits,
     assert done.code == 0, done.err
     assert_close(lrconvert.load("b.safetensors")(x), small(x), 1e-5)
     assert "--calibrate DATA, which is missing" in cli.fails(2, *asked, "-o", "c.safetensors")
+    accurate = ("--calibrate", "digits", "--min-accuracy", 0.5, "--evaluate", "digits", "-o", "c.pt")
+    assert "leave one of them out" in cli.fails(2, *asked[:2], "--sequential", *accurate)
+    live = copy.deepcopy(dense)
     with pytest.raises(UsageError, match="takes the examples of a calibration"):
-        lrconvert.factorize(copy.deepcopy(dense), plan, sequential=True)
+        lrconvert.factorize(live, plan, sequential=True)
+    with pytest.raises(UsageError, match="two batches"):
+        lrconvert.factorize(live, plan, calibration=replace(calibration, calls=calibration.calls[:1]), sequential=True)
+    assert live.state_dict().keys() == dense.state_dict().keys()
