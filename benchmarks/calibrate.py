@@ -1,6 +1,6 @@
 """What calibration adds to the forward passes that it needs, and how long allocation takes afterwards.
 
-    python benchmarks/calibrate.py [--images 128] [--rounds 3] [--models resnet50 …] [--json FILE]
+    python benchmarks/calibrate.py [--images 256] [--rounds 3] [--models resnet50 …] [--json FILE]
 
 torchvision models with random weights on random images of 3×224×224, in batches of 32. A forward pass over all images
 and a calibration on them take turns; what calibration adds is its time less that of the forward pass before it, as a
@@ -28,7 +28,7 @@ MOST_ADDED = 2
 def main() -> None:
     """Measure every model, print the ratios, and save the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to FILE")

@@ -211,7 +211,7 @@ class _Moments:
         self.reached = True
         arrived = wide(product.outputs(gradient, len(seen), keep))
         # Half of C is weighted by what each position means for the output: E[x xᵀ]·E[g gᵀ] says nothing of positions
-        # that are large in both. On a sentence encoder neither half alone keeps as much (benchmarks/README.md).
+        # that are large in both.
         weights = (arrived**2).sum(dim=2, keepdim=True)
         mean = weights.mean(dim=1, keepdim=True)
         weights = torch.where(mean > 0, (1 + weights / mean) / 2, 1.0) / self.projections
