@@ -25,7 +25,7 @@ def at_rest(
 ) -> Iterator[torch.device]:
     """While it lasts, `model` is in eval mode on `device`, its own if None, with gradients for `trained` alone.
 
-    Torch's fused path for encoder layers is off, whose insides neither hooks nor other eyes see.
+    Torch's fused path for encoder layers is off: hooks see nothing of it.
 
     Yields:
         The device. Afterwards the model is where and as it was; gradients of `trained` are gone.

@@ -1,6 +1,6 @@
 """Turning one state dict into another in small steps, so that only a few tensors are in memory at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,16 +38,18 @@ def moving(source: str, ref: TensorRef, key: str) -> Rewrite:
     return Rewrite(source, {key: (ref.shape, ref.dtype)}, ref.numel, lambda: {key: ref.read()}, ref.alias_of)
 
 
+def check_written(keys: Iterable[str], written: Container[str], source: object) -> None:
+    """Raise ModelError unless all `keys`, of a model, are among those `written` for the checkpoint `source`."""
+    lost = next((key for key in keys if key not in written), None)
+    if lost is not None:
+        raise ModelError(f"{source} has no tensor {lost}: its keys are not the model's; work on a live model")
+
+
 def overruled(steps: Sequence[Rewrite], values: Mapping[str, Tensor]) -> list[Rewrite]:
     """`steps`, that write `values` by key, each in the dtype that was meant for it, in place of what they make.
 
-    Raises:
-        ModelError: nothing of the name of a value is written.
+    A step all of whose outputs are overruled is not run. See `check_written`.
     """
-    made = layout_of(steps)
-    lost = next((key for key in values if key not in made), None)
-    if lost is not None:
-        raise ModelError(f"the checkpoint has no tensor {lost}: its keys are not the model's; work on a live model")
 
     def overruling(step: Rewrite) -> Rewrite:
         found = {key: values[key].detach().cpu().to(dtype) for key, (_, dtype) in step.outputs.items() if key in values}
@@ -55,7 +57,12 @@ def overruled(steps: Sequence[Rewrite], values: Mapping[str, Tensor]) -> list[Re
         alias_of = None if found or step.alias_of in values else step.alias_of
         if not found:
             return replace(step, alias_of=alias_of)
-        make = lambda: {**step.make(), **{key: tensor.contiguous() for key, tensor in found.items()}}  # noqa: E731
+        rest = step.outputs.keys() - found.keys()
+
+        def make() -> dict[str, Tensor]:
+            made = step.make() if rest else {}
+            return {**made, **{key: tensor.contiguous() for key, tensor in found.items()}}
+
         return replace(step, make=make, alias_of=alias_of)
 
     return [overruling(step) for step in steps]

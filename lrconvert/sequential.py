@@ -51,7 +51,8 @@ def check_examples(calls: Sequence[Call]) -> None:
     """Raise UsageError where there are not enough of them to fit to some and to choose by others."""
     if len(calls) < 2:
         raise UsageError(
-            "fitting layers in turn takes two batches of examples at least: calibrate on more, or with a smaller batch"
+            "fitting layers in turn takes two batches of examples at least: calibrate on more (--examples), or with a "
+            "smaller batch"
         )
 
 
@@ -114,7 +115,7 @@ def _steps(small: nn.Module, call: Call) -> list[dict[str, int]]:
 
     def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal last
-        tensor = args[0] if args else next(iter(kwargs.values()))
+        tensor = _input(args, kwargs)
         if path not in times:
             # Changed in place, it is another input.
             if last is None or tensor is not last[0] or tensor._version != last[1]:
@@ -163,9 +164,8 @@ def _watched(
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
 
     def take(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        tensor = args[0] if args else next(iter(kwargs.values()))
         # Copies: what follows may work in place.
-        seen[name].append((tensor.clone(), output.clone()))
+        seen[name].append((_input(args, kwargs).clone(), output.clone()))
         if all(len(seen[each]) == times[each] for each in seen):
             raise _Reached
 
@@ -175,6 +175,12 @@ def _watched(
         with suppress(_Reached):
             call.run(model)
     return seen
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer was called with, by place or by name."""
+    tensor: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return tensor
 
 
 def _rows(tensor: Tensor, layer: _Layer, mask: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lrconvert.errors import ModelError
-from lrconvert.rewrite import aliases_of, layout_of, moving, overruled, run
+from lrconvert.rewrite import Rewrite, aliases_of, check_written, layout_of, moving, overruled, run
 from lrconvert.tensors import refs_of
 
 
@@ -28,6 +28,15 @@ def test_tensors_that_shared_their_memory_are_written_apart(changed):
     assert {key: float(tensor.sum()) for key, tensor in made.items()} == {"a": 3.0, "b": 3.0, changed: 0.0}
 
 
-def test_a_value_without_a_place_is_refused():
-    with pytest.raises(ModelError, match="no tensor c: its keys are not the model's"):
-        overruled([moving(key, ref, key) for key, ref in refs_of({"a": torch.ones(3)}).items()], {"c": torch.ones(3)})
+def test_a_step_that_is_overruled_as_a_whole_is_not_run():
+    def fail():
+        raise AssertionError("it was run")
+
+    step = Rewrite("a", {"a": ((3,), torch.float32)}, 3, fail)
+    assert dict(run(overruled([step], {"a": torch.ones(3)})))["a"].tolist() == [1, 1, 1]
+
+
+def test_a_key_that_is_not_written_is_named():
+    check_written(["a"], {"a", "b"}, "x.pt")
+    with pytest.raises(ModelError, match=r"x\.pt has no tensor c: its keys are not the model's"):
+        check_written(["a", "c"], {"a", "b"}, "x.pt")

@@ -16,7 +16,7 @@ from lrconvert.inputs import Call
 from lrconvert.loading import load
 from lrconvert.network import Network, open_network
 from lrconvert.report.record_training import DistillRecord
-from lrconvert.rewrite import moving, overruled
+from lrconvert.rewrite import check_written, moving, overruled
 from lrconvert.samples import read_samples
 from lrconvert.training.imitation import imitate, trainable
 
@@ -87,9 +87,7 @@ def distill(
     writing = 0.0 if source is None else time.monotonic() - opened
     dense = teacher if isinstance(teacher, nn.Module) else _teacher(teacher, source, model, model_args)
     if source is not None:
-        lost = next((name for name in trainable(student) if name not in source.tensors), None)
-        if lost is not None:
-            raise ModelError(f"{source.path} has no tensor {lost}: its keys are not the model's; distill a live model")
+        check_written(trainable(student), source.tensors, source.path)
     if dense is student:
         raise UsageError("the network cannot be its own teacher: give the dense one, a copy from before factorizing")
     notes: tuple[str, ...] = ()

@@ -281,8 +281,6 @@ def factorize(
                 network,
                 calibrate,
                 count=count,
-                # Fitting in turn holds a batch in four out.
-                batch_size=min(32, max(count // 4, 1)) if sequential else 32,
                 data_dir=data_dir or "data",
                 splits={layer.name: layer.groups for layer in ready.low_rank}
                 if ready
