@@ -72,7 +72,7 @@ def picture(record: SweepRecord) -> Figure:
         if dense is not None:
             axes.axhline(dense, color="black", linestyle="--", linewidth=1, label="dense")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(known)))
     return figure
 
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 from PIL import Image
 
+from lrconvert.budget import ALLOCATORS
 from lrconvert.errors import OutputExistsError, UsageError
 from lrconvert.report.picture import check_picture, picture, save_picture
 from lrconvert.report.record_sweep import SweepPoint, SweepRecord
@@ -104,6 +105,18 @@ def test_the_suffix_says_the_format_and_nothing_is_overwritten(tmp_path):
         save_picture(made, tmp_path / "a.svg")
     save_picture(record(point(300, 0.4)), tmp_path / "a.svg", overwrite=True)
     assert (tmp_path / "a.svg").read_text() != text
+
+
+@pytest.mark.parametrize("macs", [None, 8])
+def test_the_names_of_all_allocators_are_inside(macs):
+    points = [point(500, 0.2, name, macs=macs, accuracy=0.5) for name in ALLOCATORS]
+    figure = picture(record(*points, macs=macs, validation="fashion-mnist", accuracy=0.9))
+    figure.draw_without_rendering()
+    names, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert names.x0 >= 0
+    assert names.x1 <= whole.x1
+    assert names.y0 >= 0
+    assert names.y1 <= figure.axes[0].get_window_extent().y0
 
 
 def test_names_with_dollar_signs_are_no_formulas(tmp_path):
