@@ -6,15 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lrconvert.inputs import Call
 
 
+def tensors_in(returned: Any) -> list[Tensor]:
+    """The tensors in what a module returned, in their order, out of tuples, lists and dictionaries.
+
+    What other objects hold is left out: a cache of keys and values is no result.
+    """
+    if isinstance(returned, Tensor):
+        return [returned]
+    parts = list(returned.values()) if isinstance(returned, Mapping) else returned
+    return [tensor for part in parts for tensor in tensors_in(part)] if isinstance(parts, list | tuple) else []
+
+
 def floats_in(returned: Any) -> list[Tensor]:
-    """The floating-point tensors in what a module returned, in their order: logits or hidden states come first."""
-    leaves = tree_leaves(dict(returned) if isinstance(returned, Mapping) else returned)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    """The floating-point tensors among `tensors_in`: logits or hidden states come first."""
+    return [tensor for tensor in tensors_in(returned) if tensor.is_floating_point()]
 
 
 def token_mask(call: Call, device: torch.device) -> Tensor | None:

@@ -8,11 +8,11 @@ import torch
 
 from lrconvert.checkpoints import Checkpoint, open_checkpoint
 from lrconvert.errors import CheckpointError
-from lrconvert.exporters.check import tensors_in
 from lrconvert.factorization import merged_weight, replacements
 from lrconvert.inputs import examples, shape_of
 from lrconvert.loading import load
 from lrconvert.network import Network, open_network
+from lrconvert.outputs import tensors_in
 from lrconvert.plan import LayerPlan
 from lrconvert.report.record import CompareRecord, LayerDifference, Side
 from lrconvert.tensors import relative_difference

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrconvert.errors import VerificationError
 from lrconvert.inputs import Inputs, examples
+from lrconvert.outputs import tensors_in
 from lrconvert.tensors import relative_difference
 
 BATCH_SIZES = (1, 3)
@@ -30,15 +30,6 @@ class Checked:
     batch_sizes: tuple[int, ...]
     difference: float
     opset: int | None = None
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """The tensors of a model's output, in order, out of tuples, lists and dictionaries."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, dict):
-        output = list(output.values())
-    return [tensor for item in output for tensor in tensors_in(item)] if isinstance(output, list | tuple) else []
 
 
 def reason_of(error: BaseException) -> str:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from lrconvert.checkpoints import KEY, Header
 from lrconvert.errors import ModelError
-from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against, reason_of, tensors_in
+from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against, reason_of
 from lrconvert.inputs import Inputs, dynamic_shapes, examples
+from lrconvert.outputs import tensors_in
 
 
 def write_pt2(model: nn.Module, inputs: Inputs, path: Path, header: Header, tolerance: float) -> Checked:

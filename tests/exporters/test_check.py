@@ -9,8 +9,9 @@ from torch import nn
 from lrconvert.checkpoints import KEY, Header
 from lrconvert.errors import ModelError, VerificationError
 from lrconvert.exporters import GRAPHS
-from lrconvert.exporters.check import check_against, relative_difference, tensors_in
+from lrconvert.exporters.check import check_against, relative_difference
 from lrconvert.inputs import one_input
+from lrconvert.outputs import tensors_in
 
 PATH = Path("x.onnx")
 

@@ -12,9 +12,9 @@ from safetensors import safe_open
 
 import lrconvert
 import lrconvert.models.huggingface
-from lrconvert.exporters.check import tensors_in
 from lrconvert.hf import hook
 from lrconvert.layers import LowRank
+from lrconvert.outputs import tensors_in
 
 transformers = pytest.importorskip("transformers")
 networks = pytest.importorskip("hf_networks")

@@ -9,10 +9,10 @@ from helpers import assert_close
 
 import lrconvert
 from lrconvert.errors import ModelError
-from lrconvert.exporters.check import tensors_in
 from lrconvert.inputs import examples
 from lrconvert.layers import LowRank
 from lrconvert.models import find_architecture
+from lrconvert.outputs import tensors_in
 from lrconvert.surgery import reshape
 
 transformers = pytest.importorskip("transformers")
