@@ -114,6 +114,18 @@ def least_cost(layers: Sequence[Options], max_error: float, turns: Sequence[Floa
     return Allocation(found.ranks, cost=found.error, error=found.cost)
 
 
+def turns_by_worth(costs: FloatArray, errors: FloatArray) -> FloatArray:
+    """`turns` of the options of one layer (n,), in the order of error saved per cost, for costs of another unit.
+
+    The cheapest come first of all, and one off the hull together with the corner that the climb reaches next.
+    """
+    kept = _worth_having(costs, errors)
+    corners = kept[_hull(costs[kept], errors[kept])]
+    slopes = np.diff(errors[corners]) / np.diff(costs[corners])
+    found: FloatArray = np.append(-np.inf, np.append(slopes, 0.0))[np.searchsorted(costs[corners], costs)]
+    return found
+
+
 @dataclass(frozen=True)
 class _Ladder:
     """The options of one layer that are worth having: costs ascend, errors descend.
@@ -140,10 +152,7 @@ class _Steps:
 
 
 def _ladder(options: Options, turns: FloatArray | None) -> _Ladder:
-    order = np.lexsort((options.errors, options.costs))
-    errors = options.errors[order]
-    better = np.concatenate(([True], errors[1:] < np.minimum.accumulate(errors)[:-1]))
-    kept = order[better]
+    kept = _worth_having(options.costs, options.errors)
     costs, errors = options.costs[kept], options.errors[kept]
     if turns is None:
         rungs = _hull(costs, errors)
@@ -152,6 +161,15 @@ def _ladder(options: Options, turns: FloatArray | None) -> _Ladder:
         rungs = np.arange(len(kept))
         when = turns[kept][1:]
     return _Ladder(options.ranks[kept], costs, errors, rungs, np.maximum.accumulate(when))
+
+
+def _worth_having(costs: FloatArray, errors: FloatArray) -> IntArray:
+    """Positions of the options that none beats in both, by ascending cost and so by descending error."""
+    order = np.lexsort((errors, costs))
+    descending = errors[order]
+    better = np.concatenate(([True], descending[1:] < np.minimum.accumulate(descending)[:-1]))
+    kept: IntArray = order[better]
+    return kept
 
 
 def _hull(costs: FloatArray, errors: FloatArray) -> IntArray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lrconvert.allocation import DENSE, Allocation, FloatArray, Options, allocate, least_cost
+from lrconvert.allocation import DENSE, Allocation, FloatArray, Options, allocate, least_cost, turns_by_worth
 from lrconvert.budget import ALLOCATORS, KINDS, Budget
 from lrconvert.cost import Trace
 from lrconvert.errors import TargetError, UsageError
@@ -43,11 +43,13 @@ class Prices:
         whole: the dense network, with all that no layer here accounts for.
         dense: each layer, dense.
         low_rank: each layer at every rank (full_rank + 1,), from 0 up.
+        spend_by: prices in another unit: a budget in this one then goes first where most error is saved for those.
     """
 
     whole: float
     dense: Mapping[str, float]
     low_rank: Mapping[str, FloatArray]
+    spend_by: "Prices | None" = None
 
 
 def param_prices(layers: Sequence[Layer], num_params: int) -> Prices:
@@ -115,6 +117,8 @@ def plan_within(
     if allocator.share is not None:
         pairs = zip(free, choices, strict=True)
         turns = [_turns(evidence[layer.name], choice, allocator.share) for layer, choice in pairs]
+    elif prices.spend_by is not None:
+        turns = [_turns_by(prices.spend_by, layer, choice) for layer, choice in zip(free, choices, strict=True)]
     if budget.kind == "max_error":
         norm = sum(float(errors[layer.name][0]) for layer in candidates)
         allocation, reached = _within_error(budget, choices, turns, norm)
@@ -170,6 +174,12 @@ def _turns(evidence: Evidence, choice: Options, share: Callable[[Evidence], floa
     ranks = np.where(choice.ranks == DENSE, evidence.layer.break_even_rank + 1, choice.ranks)
     turns: FloatArray = ranks / share(evidence)
     return turns
+
+
+def _turns_by(prices: Prices, layer: Layer, choice: Options) -> FloatArray:
+    """When the turn of each option comes, where what counts is the error saved for these prices."""
+    low_rank, dense = prices.low_rank[layer.name][choice.ranks], prices.dense[layer.name]
+    return turns_by_worth(np.where(choice.ranks == DENSE, dense, low_rank), choice.errors)
 
 
 def _within_error(

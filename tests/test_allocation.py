@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrconvert.allocation import DENSE, Options, allocate, least_cost
+from lrconvert.allocation import DENSE, Options, allocate, least_cost, turns_by_worth
 from lrconvert.errors import NothingToCompressError, TargetError
 
 
@@ -245,3 +245,18 @@ def test_the_closest_is_shown_so_that_it_can_be_asked_for(closest, shown):
 
 def test_no_layers_cost_nothing():
     assert allocate([], 1).ranks == ()
+
+
+def test_a_turn_comes_by_the_error_saved_for_another_cost():
+    #                          cheapest; slower, worse; 4 a unit; off the hull; 2.5 a unit; saves nothing
+    times, errors = np.array([1.0, 1.0, 2.0, 3.0, 4.0, 5.0]), np.array([10.0, 11.0, 6.0, 5.0, 1.0, 1.0])
+    np.testing.assert_array_equal(turns_by_worth(times, errors), [-np.inf, -np.inf, -4, -2.5, -2.5, 0])
+    np.testing.assert_array_equal(turns_by_worth(times[::-1], errors[::-1]), [0, -2.5, -2.5, -4, -np.inf, -np.inf])
+    np.testing.assert_array_equal(turns_by_worth(times[:1], errors[:1]), [-np.inf])
+
+
+def test_a_budget_is_spent_where_it_saves_most_for_another_cost():
+    quick, slow = options((1, 10), (2, 7), (3, 4)), options((1, 10), (2, 6), (3, 2))
+    turns = [turns_by_worth(each * layer.costs, layer.errors) for each, layer in ((1, quick), (9, slow))]
+    assert allocate([quick, slow], 4).ranks == (1, 3)
+    assert allocate([quick, slow], 4, turns).ranks == (3, 1)

@@ -50,7 +50,8 @@ def plan_by_time(candidates: Candidates, decide: Decide, goal: Goal, bench: Benc
     Args:
         candidates: what may be factorized, and by which rule or budget.
         decide: what makes a plan of them, by prices.
-        goal: "speed" refuses a model that does not get faster; "both" and "size" report.
+        goal: "speed" spends a budget by time, whatever its unit, and refuses a model that does not get faster; "both"
+            and "size" report.
         bench: what to measure on.
 
     Raises:
@@ -68,7 +69,11 @@ def plan_by_time(candidates: Candidates, decide: Decide, goal: Goal, bench: Benc
         goal = "both" if goal == "size" else goal  # what is slower cannot be for size here
         plan = _within_latency(budget, candidates, decide, goal, model, table, bench)
     else:
-        plan = decide(fast_prices(candidates.prices(budget), candidates, table, goal))
+        prices = candidates.prices(budget)
+        if goal == "speed":
+            times = latency_prices(candidates.layers, table)
+            prices = times if budget.kind == "max_error" else replace(prices, spend_by=times)
+        plan = decide(fast_prices(prices, candidates, table, goal))
         plan = timed(plan, model, table, bench) if plan.low_rank else plan
     if goal == "speed" and plan.latency is not None and plan.latency.ratio >= 1:
         raise NothingToCompressError(

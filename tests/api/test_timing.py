@@ -95,6 +95,41 @@ def test_a_budget_of_parameters_is_met_by_the_layers_that_get_faster(clock):
         plan_of(param_ratio=0.5, goal="speed")
 
 
+def test_for_speed_a_budget_keeps_what_costs_least_time(monkeypatch):
+    # Both layers have one shape and spectrum, but a rank of "2" takes ten times as long as one of "4".
+    ranks_timed = tuple(range(8, 64, 8))
+    times = {
+        name: LayerLatency(10.0, ranks_timed, tuple(each * rank for rank in ranks_timed))
+        for name, each in (("2", 0.1), ("4", 0.01))
+    }
+    monkeypatch.setattr(lrconvert.api.timing, "measure", lambda *_: LatencyTable(times, 20.0, "here"))
+    monkeypatch.setattr(Bench, "measure", lambda *_: [20.0, 10.0])
+    model = model_of()
+    for name in ("2", "4"):
+        weight = with_spectrum(128, 128, 0.9 ** torch.arange(128), torch.float32)
+        model.get_submodule(name).weight.data.copy_(weight)
+    total = sum(parameter.numel() for parameter in model.parameters())
+
+    def plan_for(goal, **budget):
+        plan = lrconvert.make_plan(model, input_shape=(64,), device="cpu", goal=goal, **budget)
+        return plan, ranks(plan)["2"], ranks(plan)["4"]
+
+    for goal in ("size", "both"):
+        _, slow, quick = plan_for(goal, param_ratio=0.5)
+        assert abs(slow - quick) <= 1
+    plan, slow, quick = plan_for("speed", param_ratio=0.5)
+    assert slow < quick - 8
+    assert 0.495 <= (total - plan.saved_params) / total <= 0.5
+    both, speed = (plan_for(goal, max_error=0.3)[0] for goal in ("both", "speed"))
+    assert max(both.target.reached, speed.target.reached) <= 0.3
+    assert speed.saved_params < both.saved_params
+    time = {
+        plan: sum(times[layer.name].at(layer.rank) for layer in found.low_rank)
+        for plan, found in (("both", both), ("speed", speed))
+    }
+    assert time["speed"] < time["both"]
+
+
 def test_a_latency_is_met_as_predicted(clock):
     plan = plan_of(latency_ratio=0.7)
     assert ranks(plan) == {"0": None, "2": 40, "4": None, "6": None}
