@@ -106,6 +106,7 @@ def environment(*packages: str) -> dict[str, Any]:
         "load_average": [round(load, 1) for load in os.getloadavg()],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        **{name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         **{package: version(package) for package in packages},
     }
 

@@ -2,9 +2,10 @@
 
     python benchmarks/recurrent.py [--json FILE] [--rounds 9]
 
-nn.LSTM and others with as many inputs as hidden units, every gate at a quarter of its full rank, in turns with the
-dense module: inference (no gradients) and one training step (forward and backward). "execution" says what the layer
-chose: its factors step by step, or torch's fused operator on the weights multiplied out.
+nn.LSTM and others with as many inputs as hidden units, every gate, or, where it says "joint", all gates of a weight
+together, at a quarter of the full rank, in turns with the dense module: inference (no gradients) and one training step
+(forward and backward). "execution" says what the layer chose: its factors step by step, or torch's fused operator on
+the weights multiplied out.
 """
 
 import argparse
@@ -20,16 +21,18 @@ from lrconvert.layers.recurrent import RECURRENT_TYPES
 from lrconvert.layers.survey import layers_of_module
 from lrconvert.plan import LayerPlan, Plan
 from lrconvert.surgery import reshape
+from lrconvert.views import split
 
-# (kind, hidden, time, batch, least ratio wanted in training, in inference)
+# (kind, hidden, time, batch, all gates together, least ratio wanted in training, in inference)
 CASES = (
-    ("lstm", 1500, 35, 20, 1.2, 2.5),
-    ("lstm", 1024, 50, 64, 0.95, 0.95),
-    ("lstm", 650, 35, 20, 0.95, 0.95),
-    ("lstm", 300, 35, 20, 0.95, 0.95),
-    ("lstm", 256, 100, 1, 0.95, 0.95),
-    ("gru", 1500, 35, 20, 0.95, 0.95),
-    ("rnn", 1500, 35, 20, 0.95, 0.95),
+    ("lstm", 1500, 35, 20, False, 1.2, 2.5),
+    ("lstm", 1500, 35, 20, True, 1.2, 2.5),
+    ("lstm", 1024, 50, 64, False, 0.95, 0.95),
+    ("lstm", 650, 35, 20, False, 0.95, 0.95),
+    ("lstm", 300, 35, 20, False, 0.95, 0.95),
+    ("lstm", 256, 100, 1, False, 0.95, 0.95),
+    ("gru", 1500, 35, 20, False, 0.95, 0.95),
+    ("rnn", 1500, 35, 20, False, 0.95, 0.95),
 )
 
 
@@ -45,13 +48,22 @@ def main() -> None:
 
 
 def measure(
-    kind: str, hidden: int, time: int, batch: int, train_target: float, target: float, training: bool, rounds: int
+    kind: str,
+    hidden: int,
+    time: int,
+    batch: int,
+    joint: bool,
+    train_target: float,
+    target: float,
+    training: bool,
+    rounds: int,
 ) -> dict[str, Any]:
     """Times and ratio for one layer."""
     torch.manual_seed(0)
     dense = RECURRENT_TYPES[kind](hidden, hidden)
     model = nn.ModuleDict({"it": copy.deepcopy(dense)})
-    plan = Plan(layers=tuple(LayerPlan.of(layer, hidden // 4) for layer in layers_of_module(model)))
+    layers = split(layers_of_module(model), [("*", 1)] if joint else [])
+    plan = Plan(layers=tuple(LayerPlan.of(layer, hidden // 4) for layer in layers))
     low_rank: Any = reshape(model, plan)["it"]  # type: ignore[index]
     for parameter in low_rank.parameters():
         nn.init.uniform_(parameter, -0.02, 0.02)
@@ -64,6 +76,7 @@ def measure(
         "rank": hidden // 4,
         "time": time,
         "batch": batch,
+        "joint": joint,
         "training": training,
         "execution": "steps" if low_rank._steps_pay(x, batch) else "fused",
         "seconds": {job: summary(values) for job, values in seconds.items()},
@@ -89,7 +102,8 @@ def describe(rows: list[dict[str, Any]]) -> str:
         fastest = row["seconds"]["dense"]["min"] / row["seconds"]["low rank"]["min"]
         lines.append(
             [
-                f"{row['kind']} h {row['hidden']} r {row['rank']} T {row['time']} B {row['batch']}",
+                f"{row['kind']} h {row['hidden']} r {row['rank']} T {row['time']} B {row['batch']}"
+                + (" joint" if row["joint"] else ""),
                 "training" if row["training"] else "inference",
                 row["execution"],
                 f"{row['seconds']['dense']['median'] * 1e3:.1f} ms",

@@ -26,8 +26,8 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def header_for(network: Network, plan: Plan | None) -> Header:
-    """The header of a file made from `network`; what an earlier header knew of the dense network is kept."""
+def header_for(network: Network, plan: Plan | None, notes: tuple[str, ...] = ()) -> Header:
+    """The header of a file made from `network`; what an earlier header knew is kept, and `notes` are added."""
     before = network.checkpoint.header if network.checkpoint else None
     architecture = network.architecture
     return Header(
@@ -38,4 +38,5 @@ def header_for(network: Network, plan: Plan | None) -> Header:
         parameters=(before.parameters if before else None) or network.num_params,
         macs=(before.macs if before else None) or (network.trace.macs if network.trace else None),
         plan=plan,
+        notes=((before.notes if before and plan else ()) + notes),
     )

@@ -138,12 +138,14 @@ def factorize(
     if examples:
         values, fitted = _fitted(network, plan, responses, examples, where, progress)
         steps, notes = overruled(steps, values), (*notes, *fitted)
+    elif sequential:
+        notes = (*notes, "dry run: layers are fitted in turn when the file is written")
     if not dry_run:
         advance = progress("factorizing", len(steps)) if progress else None
         write_checkpoint(
             Path(str(output)),
             steps,
-            header_for(network, plan),
+            header_for(network, plan, notes),
             network.checkpoint,
             overwrite=overwrite,
             device=where,

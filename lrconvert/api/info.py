@@ -36,7 +36,12 @@ def info(source: str | Path | Checkpoint) -> InfoRecord:
     return InfoRecord(
         source=str(checkpoint.path),
         format=checkpoint.format,
-        notes=(*checkpoint.notes, *quantized, *([FOR_TRANSFORMERS] if by_transformers else [])),
+        notes=(
+            *checkpoint.notes,
+            *quantized,
+            *(header.notes if header else ()),
+            *([FOR_TRANSFORMERS] if by_transformers else []),
+        ),
         nbytes=checkpoint.nbytes,
         num_tensors=len(checkpoint.tensors),
         num_params=num_params,

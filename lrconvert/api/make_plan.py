@@ -85,8 +85,9 @@ def make_plan(
         view: "spatial" factorizes convolutions of two dimensions into one across and one down, as SI&FD does, instead
             of one with the whole kernel and one of kernel 1.
         goal: "speed" leaves layers dense that are not 5 % faster at their rank, spends a budget where it saves most
-            error for the time it takes, and refuses a plan that makes the whole model no faster; "both" leaves those dense that are slower; "size" asks nothing. All but "size" run the
-            model to measure that on `device`, which takes up to a minute.
+            error for the time it takes, and refuses a plan that makes the whole model no faster; "both" leaves those
+            dense that are slower; "size" asks nothing. All but "size" run the model to measure that on `device`, which
+            takes up to a minute.
         batch_size, channels_last: of the calls that are timed.
         calibration: what `calibrate` learned. Layers that it knows are factorized for least error of the output; a
             budget is then distributed by "output_error", and "auto" gives all layers together the parameters that

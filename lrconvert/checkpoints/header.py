@@ -26,6 +26,7 @@ class Header(BaseModel):
         macs: multiply-accumulates of the dense network for one input, where they were counted.
         shared: key to the key of the tensor that it shares its memory with; such tensors are stored once.
         plan: which layers are factorized, and how; None for a dense file.
+        notes: what else was done to the factors: on which examples they were calibrated, whether they were fitted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -39,6 +40,7 @@ class Header(BaseModel):
     macs: int | None = None
     shared: dict[str, str] = {}
     plan: Plan | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_header(metadata: Mapping[str, Any] | None, where: str) -> Header | None:

@@ -46,7 +46,8 @@ class LowRankRecurrent(LowRankComposite):
         each = len(names) // (dense.num_layers * (2 if dense.bidirectional else 1))
         self.weight_names = [names[start : start + each] for start in range(0, len(names), each)]
         self._has_biases = dense.bias
-        self._kept: tuple[Any, list[Tensor]] | None = None
+        self._saved = self._saved_macs()
+        self._kept: tuple[Any, dict[str, Any]] | None = None
 
     def flatten_parameters(self) -> None:
         """Nothing: the factors are not one block of memory. For code that calls it, as it does on nn.LSTM."""
@@ -66,7 +67,7 @@ class LowRankRecurrent(LowRankComposite):
         state = self._checked(hx, input.shape[batch], input)
         if self._steps_pay(input, input.shape[batch]):
             time_first = input.transpose(0, 1) if self.batch_first else input
-            output, last = recurrent_steps.run(self, time_first, state)
+            output, last = recurrent_steps.run(self, time_first, state, self._packed_products(input))
             output = output.transpose(0, 1) if self.batch_first else output
         else:
             output, *rest = self._fused(input, state)
@@ -108,20 +109,44 @@ class LowRankRecurrent(LowRankComposite):
 
     def _weights(self) -> list[Tensor]:
         """All weights and biases, multiplied out; in inference kept until a factor changes."""
-        names = [name for group in self.weight_names for name in group]
+        kept = self._kept_products()
+        if kept is not None and "fused" in kept:
+            return kept["fused"]
+        weights = [self.product(name) for group in self.weight_names for name in group]
+        if kept is not None:
+            kept["fused"] = weights
+        return weights
+
+    def _packed_products(self, input: Tensor) -> Mapping[str, recurrent_steps.Product]:
+        """By name, the products with weights that are wide enough to be laid out for oneDNN, in inference only."""
+        kept = self._kept_products()
+        if kept is None:
+            return {}
+        if "packed" not in kept:
+            rows = input.shape[0] * input.shape[1]
+            batch = input.shape[0 if self.batch_first else 1]
+            kept["packed"] = {
+                name: product
+                for ih, hh, *_ in self.weight_names
+                for name, times in ((ih, rows), (hh, batch))
+                if (product := recurrent_steps.packed_product(self, name, times)) is not None
+            }
+        return kept["packed"]
+
+    def _kept_products(self) -> dict[str, Any] | None:
+        """Where to keep what is made of the factors until one of them changes; None where that could go unnoticed."""
         parameters = list(self.parameters())
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or not parameters[0].is_cpu:
+        may_change = torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()
+        if may_change or not parameters[0].is_cpu or torch.is_autocast_enabled("cpu"):
             self._kept = None
-            return [self.product(name) for name in names]
-        if torch.is_autocast_enabled("cpu"):  # products of another dtype, for this once
-            return [self.product(name) for name in names]
+            return None
         try:
             # The sums see what changes behind the counters' back, through `.data`.
             now = tuple((each.data_ptr(), each._version, float(each.sum())) for each in parameters)
         except RuntimeError:  # tensors made in inference mode do not count their changes
-            return [self.product(name) for name in names]
+            return None
         if self._kept is None or self._kept[0] != now:
-            self._kept = (now, [self.product(name) for name in names])
+            self._kept = (now, {})
         return self._kept[1]
 
     def _steps_pay(self, input: Tensor, batch: int) -> bool:
@@ -137,14 +162,17 @@ class LowRankRecurrent(LowRankComposite):
             return True  # the compiler has no gradient for the fused operator
         if not input.is_cpu or torch.compiler.is_compiling():
             return False
+        return batch * self._saved >= _LEAST_SAVED["training" if torch.is_grad_enabled() else "inference"]
+
+    def _saved_macs(self) -> float:
+        """What a step saves for one row of the batch, on the average of layers and directions."""
         names = [name for group in self.weight_names for name in group if name.startswith("weight_hh")]
         saved = 0
         for name in names:
             if name in self.factored:
                 factors = self.get_submodule(factor_name(name))
                 saved += math.prod(self.factored[name].shape) - sum(each.numel() for each in factors.parameters())
-        least = _LEAST_SAVED["training" if torch.is_grad_enabled() else "inference"]
-        return batch * saved >= least * len(names)
+        return saved / len(names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files hold the factors only."""

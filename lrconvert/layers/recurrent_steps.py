@@ -4,7 +4,7 @@ The input's share of all gates is computed for the whole sequence at once; a ste
 matrices. Shapes: time T, batch B, hidden h; gates are kept apart, (gates, B, h).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +12,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrconvert.layers.layer import factor_name
+from lrconvert.layers.packed import can_be_packed, packed_linear
 
 if TYPE_CHECKING:
     from lrconvert.layers.recurrent import LowRankRecurrent, State
 
 Product = Callable[[Tensor], Tensor]
 
+# Elements of a factor, for each gate, from which a layout of its own pays (benchmarks/recurrent.py).
+_WIDE = 1 << 18
 
-def run(layer: "LowRankRecurrent", input: Tensor, state: "State") -> tuple[Tensor, "State"]:
-    """What the dense module returns for `input` (T, B, in) and an initial state."""
+
+def run(
+    layer: "LowRankRecurrent", input: Tensor, state: "State", products: Mapping[str, Product]
+) -> tuple[Tensor, "State"]:
+    """What the dense module returns for `input` (T, B, in) and an initial state.
+
+    `products` are some weights' by name, where there are faster ones than those that are made here.
+    """
     parts = state if isinstance(state, tuple) else (state,)
     last: list[tuple[Tensor, ...]] = []
     directions = 2 if layer.bidirectional else 1
@@ -29,7 +38,8 @@ def run(layer: "LowRankRecurrent", input: Tensor, state: "State") -> tuple[Tenso
         for direction in range(directions):
             index = number * directions + direction
             sequence = input.flip(0) if direction else input
-            output, end = _one(layer, layer.weight_names[index], sequence, tuple(part[index] for part in parts))
+            start = tuple(part[index] for part in parts)
+            output, end = _one(layer, layer.weight_names[index], sequence, start, products)
             outputs.append(output.flip(0) if direction else output)
             last.append(end)
         input = torch.cat(outputs, 2) if directions == 2 else outputs[0]
@@ -40,25 +50,30 @@ def run(layer: "LowRankRecurrent", input: Tensor, state: "State") -> tuple[Tenso
 
 
 def _one(
-    layer: "LowRankRecurrent", names: list[str], input: Tensor, state: tuple[Tensor, ...]
+    layer: "LowRankRecurrent",
+    names: list[str],
+    input: Tensor,
+    state: tuple[Tensor, ...],
+    products: Mapping[str, Product],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One layer in one direction: outputs (T, B, out) and the last state."""
     gates = layer.gates
     ih, hh, *rest = names
     biases = [getattr(layer, name).view(gates, 1, -1) for name in rest if name.startswith("bias")]
-    shares = _product(layer, ih, gates)(input.flatten(0, 1))
+    enter, recur = (products.get(name) or _product(layer, name, gates) for name in (ih, hh))
+    shares = enter(input.flatten(0, 1))
     step: Callable[..., tuple[Tensor, ...]]
     if layer.mode == "GRU":
         # The new gate's recurrent bias is inside its product with the reset gate.
-        step = _gru(_product(layer, hh, gates), biases[1] if biases else None)
+        step = _gru(recur, biases[1] if biases else None)
         biases = biases[:1]
     elif layer.mode == "LSTM":
         project = (
             _linear(layer, next(name for name in rest if name.startswith("weight_hr"))) if layer.proj_size else None
         )
-        step = _lstm(_product(layer, hh, gates), project)
+        step = _lstm(recur, project)
     else:
-        step = _rnn(_product(layer, hh, gates), torch.tanh if layer.mode == "RNN_TANH" else torch.relu)
+        step = _rnn(recur, torch.tanh if layer.mode == "RNN_TANH" else torch.relu)
     if biases:
         shares = shares + sum(biases)
     outputs = []
@@ -79,6 +94,27 @@ def _product(layer: "LowRankRecurrent", name: str, gates: int) -> Product:
 
     def product(x: Tensor) -> Tensor:
         return torch.bmm(functional.linear(x, u).unflatten(1, (gates, -1)).transpose(0, 1), v)
+
+    return product
+
+
+def packed_product(layer: "LowRankRecurrent", name: str, rows: int) -> Product | None:
+    """What `_product` makes, for inference on `rows` rows: of factors that oneDNN keeps in a layout of its own.
+
+    None for a weight that is not factorized, or where that would not pay.
+    """
+    factored = layer.factored.get(name)
+    if factored is None:
+        return None
+    factors: Any = layer.get_submodule(factor_name(name))
+    parts = factors.v.weight.unflatten(0, (factored.groups, -1))
+    if parts[0].numel() < _WIDE or not can_be_packed(parts):
+        return None
+    first, second = packed_linear(factors.u.weight, rows), [packed_linear(part, rows) for part in parts]
+
+    def product(x: Tensor) -> Tensor:
+        wide = [apply(part) for apply, part in zip(second, first(x).split(factored.rank, 1), strict=True)]
+        return torch.stack(wide) if len(wide) > 1 else wide[0].unflatten(1, (layer.gates, -1)).transpose(0, 1)
 
     return product
 

@@ -166,10 +166,12 @@ def test_layers_fitted_in_turn_are_the_same_in_files_and_live_and_better(digits,
     lrconvert.factorize("dense.safetensors", plan, output="a.safetensors", calibration=calibration, sequential=True)
     assert_close(lrconvert.load("a.safetensors")(x), small(x), 1e-5)
 
+    assert any("layers fitted in turn: error of" in note for note in lrconvert.info("a.safetensors").notes)
     asked = ("factorize", "dense.safetensors", "--rank-ratio", "0.1", "--sequential")
     done = cli(*asked, "--calibrate", "digits", "--examples", "200", "-o", "b.safetensors")
     assert done.code == 0, done.err
     assert_close(lrconvert.load("b.safetensors")(x), small(x), 1e-5)
+    assert "fitted in turn when the file is written" in cli(*asked, "--calibrate", "digits", "--dry-run").out
     assert "--calibrate DATA, which is missing" in cli.fails(2, *asked, "-o", "c.safetensors")
     accurate = ("--calibrate", "digits", "--min-accuracy", 0.5, "--evaluate", "digits", "-o", "c.pt")
     assert "leave one of them out" in cli.fails(2, *asked[:2], "--sequential", *accurate)

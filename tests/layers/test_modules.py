@@ -9,6 +9,7 @@ from torch import nn
 
 import lrconvert
 from lrconvert.inputs import one_input
+from lrconvert.layers import recurrent_steps
 from lrconvert.layers.recurrent import LowRankRecurrent
 
 
@@ -83,6 +84,31 @@ def test_kept_products_follow_their_factors():
     assert not torch.equal(before, after)
     assert small._kept is not None
     assert copy.deepcopy(small)._kept is None
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("joint", [True, False])
+def test_wide_factors_are_laid_out_once_for_inference_and_follow_what_they_are_made_of(monkeypatch, make, joint):
+    monkeypatch.setattr(LowRankRecurrent, "_steps_pay", lambda *_: True)
+    monkeypatch.setattr(recurrent_steps, "_WIDE", 8 * 3)
+    small, dense = factorized(make(6, 8, 2, bidirectional=True).eval(), splits={"*": 1} if joint else {})
+    x = torch.randn(5, 3, 6)
+    with_gradients = small(x)[0].detach()
+    assert small._kept is None
+    with torch.no_grad():
+        assert_close(small(x)[0], dense(x)[0])
+        packed = small._kept[1]["packed"]
+        assert len(packed) == 8
+        assert_close(small(x)[0], with_gradients)
+        assert small._kept[1]["packed"] is packed
+        small.hh_l1.v.weight.data.mul_(2)
+        assert_close(small(x)[0], lrconvert.merge(copy.deepcopy(small))(x)[0])
+    assert small._kept[1]["packed"] is not packed
+    with torch.no_grad():
+        monkeypatch.setattr(recurrent_steps, "_WIDE", 10**9)
+        small.hh_l1.v.weight.mul_(1)
+        small(x)
+    assert small._kept[1]["packed"] == {}
 
 
 def test_a_wrong_initial_state_is_refused():
