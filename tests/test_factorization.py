@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lrconvert
 from lrconvert.errors import PlanError
 from lrconvert.factorization import factorizing, merging
-from lrconvert.layers import LowRank, recurrent_steps
+from lrconvert.layers import LowRank, packed
 from lrconvert.layers.recurrent import LowRankRecurrent
 from lrconvert.plan import LayerPlan, Plan
 from lrconvert.rewrite import layout_of, run
@@ -54,23 +54,23 @@ def test_the_law(kind, data):
         # Both executions of a recurrent layer must obey, whichever would be chosen.
         patch.setattr(LowRankRecurrent, "_steps_pay", lambda *_: steps)
         # Without gradients its factors are laid out for oneDNN, which only wide ones are.
-        patch.setattr(recurrent_steps, "_WIDE", 1)
+        patch.setattr(packed, "WIDE", 1)
         output = drawn.call(live["it"]).detach()
         assert torch.equal(output, drawn.call(reshaped["it"]).detach())
         with torch.no_grad():
-            assert_close(drawn.call(live["it"]), output)
+            assert_close(drawn.call(live["it"]), output, module=live)
 
     # the merged tensors, and the dense model with them
     merged = dict(run(merging(refs_of(tensors), plan)))
     dense = copy.deepcopy(model)
     dense.load_state_dict(merged, strict=True)
-    assert_close(output, drawn.call(dense["it"]).detach(), TOLERANCE[drawn.dtype])
+    assert_close(output, drawn.call(dense["it"]), TOLERANCE[drawn.dtype], dense)
     back = merge_module(copy.deepcopy(live))
     assert type(back["it"]) is type(drawn.module)
     assert all(torch.equal(value, merged[key]) for key, value in back.state_dict().items())
     assert torch.equal(drawn.call(back["it"]), drawn.call(dense["it"]))
     if full_rank:
-        assert_close(output, dense_output, TOLERANCE[drawn.dtype])
+        assert_close(output, dense_output, TOLERANCE[drawn.dtype], model)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])

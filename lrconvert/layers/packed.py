@@ -9,27 +9,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# Elements of a weight from which that pays, even where it is laid out for one sequence (benchmarks/recurrent.py).
+WIDE = 1 << 18
 
-def can_be_packed(weight: Tensor) -> bool:
-    """Whether oneDNN is here, and has a layout of its own for this weight."""
+
+def worth_packing(weights: Tensor) -> bool:
+    """Whether these weights (groups, out, in) are wide, and oneDNN is here and has a layout of its own for them."""
     return (
-        weight.is_cpu
-        and weight.dtype == torch.float32
+        weights[0].numel() >= WIDE
+        and weights.is_cpu
+        and weights.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
 
-def packed_linear(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """The function from x (rows, in) to x·weightᵀ (rows, out), for a weight (out, in) that `can_be_packed`.
+def packed_products(weights: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """The function from x (groups, rows, in) to x·weightsᵀ (groups, rows, out), for weights (groups, out, in).
 
-    It keeps a copy of the weight, has no gradient, and takes any number of rows, if not always at the same speed.
+    It keeps a copy of the weights, has no gradient, and takes any number of rows, if not always at the same speed.
     """
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+    laid_out = [torch.ops.mkldnn._reorder_linear_weight(each.detach().contiguous(), rows) for each in weights]
 
-    def linear(x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
-        return out
+    def product(x: Tensor) -> Tensor:
+        pairs = zip(x, laid_out, strict=True)
+        out = [torch.ops.mkldnn._linear_pointwise(each, weight, None, "none", [], "") for each, weight in pairs]
+        return torch.stack(out) if len(out) > 1 else out[0].unsqueeze(0)
 
-    return linear
+    return product

@@ -12,15 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrconvert.layers.layer import factor_name
-from lrconvert.layers.packed import can_be_packed, packed_linear
+from lrconvert.layers.lstm_steps import LSTMSteps
+from lrconvert.layers.packed import packed_products, worth_packing
 
 if TYPE_CHECKING:
     from lrconvert.layers.recurrent import LowRankRecurrent, State
 
 Product = Callable[[Tensor], Tensor]
-
-# Elements of a factor, for each gate, from which a layout of its own pays (benchmarks/recurrent.py).
-_WIDE = 1 << 18
 
 
 def run(
@@ -76,11 +74,30 @@ def _one(
         step = _rnn(recur, torch.tanh if layer.mode == "RNN_TANH" else torch.relu)
     if biases:
         shares = shares + sum(biases)
+    shares = shares.unflatten(1, input.shape[:2])
+    if _goes_back_at_once(layer, hh, shares, state):
+        factors: Any = layer.get_submodule(factor_name(hh))
+        output, hidden, cell, *_ = LSTMSteps.apply(shares, *state, factors.u.weight, factors.v.weight)
+        return output, (hidden, cell)
     outputs = []
-    for share in shares.unflatten(1, input.shape[:2]).unbind(1):
+    for share in shares.unbind(1):
         state = step(share, *state)
         outputs.append(state[0])
     return torch.stack(outputs), state
+
+
+def _goes_back_at_once(layer: "LowRankRecurrent", hh: str, shares: Tensor, state: tuple[Tensor, ...]) -> bool:
+    """Whether these steps are an LSTM's in training, as `LSTMSteps` knows them."""
+    return (
+        layer.mode == "LSTM"
+        and not layer.proj_size
+        and hh in layer.factored
+        and torch.is_grad_enabled()
+        and shares.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and all(part.dtype == shares.dtype for part in state)
+    )
 
 
 def _product(layer: "LowRankRecurrent", name: str, gates: int) -> Product:
@@ -107,14 +124,14 @@ def packed_product(layer: "LowRankRecurrent", name: str, rows: int) -> Product |
     if factored is None:
         return None
     factors: Any = layer.get_submodule(factor_name(name))
-    parts = factors.v.weight.unflatten(0, (factored.groups, -1))
-    if parts[0].numel() < _WIDE or not can_be_packed(parts):
+    u, v = factors.u.weight.unsqueeze(0), factors.v.weight.unflatten(0, (factored.groups, -1))
+    if not worth_packing(v):
         return None
-    first, second = packed_linear(factors.u.weight, rows), [packed_linear(part, rows) for part in parts]
+    narrow, widen = packed_products(u, rows), packed_products(v, rows)
 
     def product(x: Tensor) -> Tensor:
-        wide = [apply(part) for apply, part in zip(second, first(x).split(factored.rank, 1), strict=True)]
-        return torch.stack(wide) if len(wide) > 1 else wide[0].unflatten(1, (layer.gates, -1)).transpose(0, 1)
+        wide = widen(narrow(x.unsqueeze(0))[0].unflatten(1, (factored.groups, -1)).transpose(0, 1))
+        return wide if len(wide) > 1 else wide[0].unflatten(1, (layer.gates, -1)).transpose(0, 1)
 
     return product
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import lrconvert
 from lrconvert.inputs import one_input
-from lrconvert.layers import recurrent_steps
+from lrconvert.layers import packed
+from lrconvert.layers.lstm_steps import LSTMSteps
 from lrconvert.layers.recurrent import LowRankRecurrent
 
 
@@ -72,6 +73,30 @@ def test_gradients_of_a_factorized_lstm_are_those_of_its_product(monkeypatch, st
     assert_close(factors.u.weight.grad.unflatten(0, (4, 3)), v.mT @ weight)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_way_back_through_an_lstm_is_its_derivative(groups):
+    shapes = (4, 3, 2, 5), (2, 5), (2, 5), (groups * 3, 5), (20, 3)
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(lambda *given: LSTMSteps.apply(*given)[:3], inputs)
+    for used in range(3):  # the others have no gradient at all
+        assert torch.autograd.gradcheck(lambda *given, used=used: LSTMSteps.apply(*given)[used], inputs)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_gradients_of_wide_factors_are_those_of_narrow_ones(monkeypatch, joint):
+    monkeypatch.setattr(LowRankRecurrent, "_steps_pay", lambda *_: True)
+    small, _ = factorized(nn.LSTM(6, 8), splits={"*": 1} if joint else {})
+    x = torch.randn(5, 3, 6)
+    found = []
+    for wide in (1, 10**9):
+        monkeypatch.setattr(packed, "WIDE", wide)
+        small.zero_grad()
+        small(x)[0].sin().sum().backward()
+        found.append([parameter.grad for parameter in small.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other)
+
+
 def test_kept_products_follow_their_factors():
     small, _ = factorized(nn.LSTM(6, 8).eval())
     x = torch.randn(5, 3, 6)
@@ -90,22 +115,22 @@ def test_kept_products_follow_their_factors():
 @pytest.mark.parametrize("joint", [True, False])
 def test_wide_factors_are_laid_out_once_for_inference_and_follow_what_they_are_made_of(monkeypatch, make, joint):
     monkeypatch.setattr(LowRankRecurrent, "_steps_pay", lambda *_: True)
-    monkeypatch.setattr(recurrent_steps, "_WIDE", 8 * 3)
+    monkeypatch.setattr(packed, "WIDE", 8 * 3)
     small, dense = factorized(make(6, 8, 2, bidirectional=True).eval(), splits={"*": 1} if joint else {})
     x = torch.randn(5, 3, 6)
     with_gradients = small(x)[0].detach()
     assert small._kept is None
     with torch.no_grad():
         assert_close(small(x)[0], dense(x)[0])
-        packed = small._kept[1]["packed"]
-        assert len(packed) == 8
+        kept = small._kept[1]["packed"]
+        assert len(kept) == 8
         assert_close(small(x)[0], with_gradients)
-        assert small._kept[1]["packed"] is packed
+        assert small._kept[1]["packed"] is kept
         small.hh_l1.v.weight.data.mul_(2)
         assert_close(small(x)[0], lrconvert.merge(copy.deepcopy(small))(x)[0])
-    assert small._kept[1]["packed"] is not packed
+    assert small._kept[1]["packed"] is not kept
     with torch.no_grad():
-        monkeypatch.setattr(recurrent_steps, "_WIDE", 10**9)
+        monkeypatch.setattr(packed, "WIDE", 10**9)
         small.hh_l1.v.weight.mul_(1)
         small(x)
     assert small._kept[1]["packed"] == {}

@@ -1,0 +1,99 @@
+"""The steps of a factorized LSTM with a backward pass of its own, for training.
+
+Autograd would take each step back alone and add up the factors' gradients one step after the other: for wide layers
+that moves more memory than all products do. Here only what one step hands to the one before it is computed step by
+step (backpropagation through time); a factor's gradient is one product over all steps.
+
+Shapes: steps T, batch B, hidden h, four gates, factorized in one to four groups of rank r. `shares` is what the inputs
+and the biases add to the gates.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lrconvert.layers.packed import packed_products, worth_packing
+
+
+class LSTMSteps(torch.autograd.Function):
+    """(shares (4, T, B, h), hidden (B, h), cell (B, h), u (groups·r, h), v (4·h, r)) → outputs, and the last state.
+
+    The outputs are (T, B, h), the last hidden state and cell (B, h). What follows them is for the backward pass.
+    """
+
+    @staticmethod
+    def forward(shares: Tensor, hidden: Tensor, cell: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """All steps, each from the state of the one before."""
+        gates, steps, batch, width = shares.shape
+        groups = len(u) // v.shape[1]
+        activations = shares.new_empty(steps, gates, batch, width)
+        cells, outputs = (shares.new_empty(steps, batch, width) for _ in range(2))
+        inner = shares.new_empty(steps, batch, len(u))
+        narrow, widen = _products(u.unsqueeze(0), batch), _products(v.unflatten(0, (groups, -1)), batch)
+        for step, now in enumerate(activations):
+            inner[step] = narrow(hidden.unsqueeze(0))[0]
+            wide = widen(inner[step].unflatten(1, (groups, -1)).transpose(0, 1))
+            torch.add(shares[:, step], wide.unflatten(2, (-1, width)).transpose(1, 2).flatten(0, 1), out=now)
+            enter, forget, new, leave = now
+            now[:2].sigmoid_()
+            new.tanh_()
+            leave.sigmoid_()
+            cell = torch.mul(forget, cell, out=cells[step]).addcmul_(enter, new)
+            hidden = torch.tanh(cell, out=outputs[step]).mul_(leave)
+        return outputs, hidden.clone(), cell.clone(), activations, cells, inner
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what the way back needs."""
+        _, hidden, cell, u, v = inputs
+        outputs, _, _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, cell, u, v, outputs, *kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, by_outputs: Tensor | None, by_hidden: Tensor | None, by_cell: Tensor | None, *_: None
+    ) -> tuple[Tensor, ...]:
+        """Gradients of the five inputs; `by_…` are those of the results."""
+        hidden, cell, u, v, outputs, activations, cells, inner = ctx.saved_tensors
+        steps, gates, batch, width = activations.shape
+        groups, rank = len(u) // v.shape[1], v.shape[1]
+        enter, forget, new, leave = activations.unbind(1)
+        # What does not depend on the later steps: the slopes of a step's results by the gates before they are squashed.
+        tanh = cells.tanh()
+        by_leave, cell_by_hidden = tanh * leave * (1 - leave), leave * (1 - tanh * tanh)
+        before = torch.cat([cell.unsqueeze(0), cells[:-1]])
+        by_others = torch.stack(
+            [new * enter * (1 - enter), before * forget * (1 - forget), enter * (1 - new * new)], dim=1
+        )
+        d_shares, d_inner = activations.new_empty(gates, steps, batch, width), torch.empty_like(inner)
+        d_hidden = torch.zeros_like(hidden) if by_hidden is None else by_hidden.clone()
+        d_cell = torch.zeros_like(cell) if by_cell is None else by_cell.clone()
+        narrow, widen = _products(u.T.unsqueeze(0), batch), _products(v.unflatten(0, (groups, -1)).mT, batch)
+        for step in reversed(range(steps)):
+            if by_outputs is not None:
+                d_hidden = d_hidden + by_outputs[step]
+            torch.mul(d_hidden, by_leave[step], out=d_shares[3, step])
+            d_cell.addcmul_(d_hidden, cell_by_hidden[step])
+            torch.mul(d_cell, by_others[step], out=d_shares[:3, step])
+            d_cell.mul_(forget[step])
+            by_group = d_shares[:, step].unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
+            d_inner[step] = widen(by_group).transpose(0, 1).flatten(1)
+            d_hidden = narrow(d_inner[step].unsqueeze(0))[0]
+        starts = torch.cat([hidden.unsqueeze(0), outputs[:-1]]).flatten(0, 1)
+        d_u = d_inner.flatten(0, 1).T @ starts
+        each_inner = inner.view(steps * batch, groups, rank).transpose(0, 1).repeat_interleave(gates // groups, 0)
+        d_v = torch.bmm(d_shares.flatten(1, 2).mT, each_inner).flatten(0, 1)
+        return d_shares, d_hidden, d_cell, d_u, d_v
+
+
+def _products(weights: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """The function from x (groups, rows, in) to (groups, rows, out), for weights (groups, out, in)."""
+    if worth_packing(weights):
+        return packed_products(weights, rows)
+    return lambda x: torch.bmm(x, weights.mT)
