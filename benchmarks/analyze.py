@@ -1,6 +1,6 @@
 """How long the spectra of a whole network take, against two other ways to get them.
 
-    python benchmarks/analyze.py [--json FILE] [--rounds 9] [--peer-rounds 3]
+    python benchmarks/analyze.py [--json FILE] [--rounds 9] [--peer-rounds 3] [--models resnet50]
 
 Timed in one process, in turns: `lrconvert.analyze` on the live model; a loop of `torch.linalg.svdvals` over the same
 matrices; and WeightWatcher's `analyze()` with its own defaults (it cuts a convolution into one matrix for each kernel
@@ -16,6 +16,7 @@ Speed is not bought with accuracy: the last column is the largest deviation of a
 import argparse
 import contextlib
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import nn
 
 import lrconvert
 
-CASES = (("resnet50", "random"), ("resnet50", "decaying"), ("vit_b_16", "random"), ("vit_b_16", "decaying"))
+MODELS, SPECTRA = ("resnet50", "vit_b_16"), ("random", "decaying")
 SVDVALS_TARGET, WEIGHTWATCHER_TARGET = 5, 20
 WEIGHTWATCHER = (
     "weightwatcher==0.7.7",
@@ -55,11 +56,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to FILE")
     parser.add_argument("--rounds", type=int, default=9, help="rounds for lrconvert and svdvals")
     parser.add_argument("--peer-rounds", type=int, default=3, help="rounds for WeightWatcher; 0 leaves it out")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     options = parser.parse_args()
     if options.peer_rounds:
         use_peer("weightwatcher", *WEIGHTWATCHER)
     rows = []
-    for name, spectrum in CASES:
+    for name, spectrum in itertools.product(options.models, SPECTRA):
         rows.append(measure(name, spectrum, options.rounds, options.peer_rounds))
         print(describe(rows[-1]), flush=True)
     peers = ("weightwatcher", "scipy") if options.peer_rounds else ()

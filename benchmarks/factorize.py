@@ -1,6 +1,6 @@
 """How long it takes to factorize a whole network, against the full SVD of every layer, and what accuracy that costs.
 
-    python benchmarks/factorize.py [--json FILE] [--rounds 7]
+    python benchmarks/factorize.py [--json FILE] [--rounds 7] [--models resnet50]
 
 Every layer that shrinks is factorized at a quarter of its full rank, tensors in memory to tensors in memory. Timed in
 one process, in turns: the factorization alone (the plan is given); `make_plan` and the factorization; and
@@ -13,6 +13,7 @@ relative to that least; the worst layer counts. It is given for torch's float32 
 """
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from lrconvert.factorization import factorizing
 from lrconvert.plan import Plan
 from lrconvert.tensors import refs_of
 
-CASES = (("resnet50", "random"), ("resnet50", "decaying"), ("vit_b_16", "random"), ("vit_b_16", "decaying"))
+MODELS, SPECTRA = ("resnet50", "vit_b_16"), ("random", "decaying")
 SPEED_TARGET, EXCESS_TARGET = 5, 1e-4
 State = dict[str, Tensor]
 
@@ -36,9 +37,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to FILE")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     options = parser.parse_args()
     rows = []
-    for name, spectrum in CASES:
+    for name, spectrum in itertools.product(options.models, SPECTRA):
         rows.append(measure(name, spectrum, options.rounds))
         print(describe(rows[-1]), flush=True)
     save({"benchmark": "factorize", "environment": environment(), "rows": rows}, options.json)

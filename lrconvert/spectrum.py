@@ -28,6 +28,8 @@ _VECTOR_NOISE = 2e-9
 # How far noise may move a singular value, relative to σ_max, and a truncation error, relative to the best.
 _VALUE_TOLERANCE = 1e-4
 _ERROR_TOLERANCE = 1e-4
+# σ = √λ, so noise δ in λ moves σ by δ/(2σ): too much below this share of σ_max.
+_LEAST_SINGLE = _PRODUCT_NOISE / (2 * _VALUE_TOLERANCE)
 # ‖W‖² in this range: float32 squares neither over- nor underflow.
 SAFE_ENERGY = (1e-20, 1e30)
 
@@ -110,9 +112,8 @@ def spectrum_of(matrices: Tensor, name: str) -> Spectrum:
     wide = widened(matrices)
     spectrum = _spectrum_from(gram_of(wide, torch.float32)) if _may_be_single(wide) else None
     if spectrum is not None:
-        # σ = √λ, so noise δ in λ moves σ by δ/(2σ): too much where σ is small.
         smallest = spectrum.values[:, -1] / spectrum.values[:, 0]
-        if bool((smallest >= _PRODUCT_NOISE / (2 * _VALUE_TOLERANCE)).all()):
+        if bool((smallest >= _LEAST_SINGLE).all()):
             return spectrum
     energy = finite_energy(matrices, name)
     try:
@@ -246,12 +247,28 @@ def _roots(eigenvalues: Tensor) -> Tensor:
 def _spectrum_from(gram: Tensor) -> Spectrum | None:
     """The spectrum that a float32 Gram matrix holds; None where its squares are not finite, or too small or large."""
     energy = gram.diagonal(dim1=1, dim2=2).double().sum(dim=1)
-    if not bool(((energy > SAFE_ENERGY[0]) & (energy < SAFE_ENERGY[1])).all()):
+    if not bool(((energy > SAFE_ENERGY[0]) & (energy < SAFE_ENERGY[1])).all()) or _surely_noisy(gram, energy):
         return None
     try:
         return Spectrum(_roots(eigenvalues(gram)).cpu(), energy.cpu())
     except LinAlgErrors:
         return None
+
+
+def _surely_noisy(gram: Tensor, energy: Tensor) -> bool:
+    """Whether some σ is too small for this float32 Gram matrix, found at a tenth of what its eigenvalues cost.
+
+    Inverse iteration bounds the smallest eigenvalue from above, Σλ²/Σλ the largest from below.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed.any()):
+        return True
+    largest = torch.linalg.matrix_norm(gram, dtype=torch.float64).square() / energy
+    x = torch.ones_like(gram[:, :, :1])
+    for _ in range(3):
+        x = torch.cholesky_solve(x / torch.linalg.vector_norm(x, dim=1, keepdim=True), factor)
+    smallest = 1 / torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64)
+    return bool((smallest < _LEAST_SINGLE**2 * largest).any())
 
 
 def _basis_and_projection(wide: Tensor, rank: int, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:

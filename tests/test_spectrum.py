@@ -9,6 +9,7 @@ from helpers import assert_close, with_spectrum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrconvert import spectrum
 from lrconvert.errors import WeightError
 from lrconvert.spectrum import Spectrum, factors_of, spectrum_of
 
@@ -179,3 +180,20 @@ def test_eigenvalue_failure_falls_back_to_an_svd(monkeypatch):
     monkeypatch.setattr(torch.linalg, "svd", fail)
     with pytest.raises(WeightError, match="layer: the singular value decomposition did not converge"):
         factors_of(matrix, 30, "layer")
+
+
+@pytest.mark.parametrize(("values", "dtypes"), [("flat", [32]), ("falling", [64])])
+def test_float32_eigenvalues_are_not_computed_where_noise_would_show(monkeypatch, values, dtypes):
+    full = 160
+    sigma = torch.linspace(1, 0.5, full) if values == "flat" else 0.9 ** torch.arange(full)
+    seen = []
+    real = spectrum.eigenvalues
+
+    def eigenvalues(gram):
+        seen.append(8 * gram.dtype.itemsize)
+        return real(gram)
+
+    monkeypatch.setattr(spectrum, "eigenvalues", eigenvalues)
+    found = spectrum_of(with_spectrum(full, 300, sigma, torch.float32)[None], "layer")
+    assert seen == dtypes
+    assert float((found.values[0] - sigma.double()).abs().max()) < 1e-4
