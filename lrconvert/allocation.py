@@ -133,6 +133,7 @@ class _Ladder:
     Attributes:
         rungs: positions of the options that the climb goes over, from the first to the last.
         turns: when each rung but the first is climbed, ascending.
+        ties: who goes first of those whose turn comes at once, ascending.
     """
 
     ranks: IntArray
@@ -140,6 +141,7 @@ class _Ladder:
     errors: FloatArray
     rungs: IntArray
     turns: FloatArray
+    ties: FloatArray
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,10 @@ class _Steps:
 def _ladder(options: Options, turns: FloatArray | None) -> _Ladder:
     kept = _worth_having(options.costs, options.errors)
     costs, errors = options.costs[kept], options.errors[kept]
-    if turns is None:
-        rungs = _hull(costs, errors)
-        when = np.diff(errors[rungs]) / np.diff(costs[rungs])
-    else:
-        rungs = np.arange(len(kept))
-        when = turns[kept][1:]
-    return _Ladder(options.ranks[kept], costs, errors, rungs, np.maximum.accumulate(when))
+    worth = turns_by_worth(costs, errors)
+    rungs = _hull(costs, errors) if turns is None else np.arange(len(kept))
+    when = worth[rungs] if turns is None else turns[kept]
+    return _Ladder(options.ranks[kept], costs, errors, rungs, np.maximum.accumulate(when[1:]), worth[rungs][1:])
 
 
 def _worth_having(costs: FloatArray, errors: FloatArray) -> IntArray:
@@ -191,8 +190,12 @@ def _steps(ladders: Sequence[_Ladder]) -> _Steps:
     layer = [np.full(len(ladder.turns), i) for i, ladder in enumerate(ladders)]
     option = [ladder.rungs[1:] for ladder in ladders]
     cost = [np.diff(ladder.costs[ladder.rungs]) for ladder in ladders]
-    # Stable, and turns ascend within a ladder: no layer takes its second step before its first.
-    order = np.argsort(np.concatenate([[], *(ladder.turns for ladder in ladders)]), kind="stable")
+    # Stable, and both ascend within a ladder: no layer takes its second step before its first.
+    ties, turns = (
+        np.concatenate([[], *parts])
+        for parts in ([ladder.ties for ladder in ladders], [ladder.turns for ladder in ladders])
+    )
+    order = np.lexsort((ties, turns))
     none = np.empty(0, dtype=np.int64)
     return _Steps(
         np.concatenate([none, *layer])[order],

@@ -266,7 +266,8 @@ def _surely_noisy(gram: Tensor, energy: Tensor) -> bool:
     largest = torch.linalg.matrix_norm(gram, dtype=torch.float64).square() / energy
     x = torch.ones_like(gram[:, :, :1])
     for _ in range(3):
-        x = torch.cholesky_solve(x / torch.linalg.vector_norm(x, dim=1, keepdim=True), factor)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)  # float32 could not square it
+        x = torch.cholesky_solve(x / norm.float(), factor)
     smallest = 1 / torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64)
     return bool((smallest < _LEAST_SINGLE**2 * largest).any())
 

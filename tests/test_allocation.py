@@ -260,3 +260,11 @@ def test_a_budget_is_spent_where_it_saves_most_for_another_cost():
     turns = [turns_by_worth(each * layer.costs, layer.errors) for each, layer in ((1, quick), (9, slow))]
     assert allocate([quick, slow], 4).ranks == (1, 3)
     assert allocate([quick, slow], 4, turns).ranks == (3, 1)
+
+
+def test_layers_whose_turns_come_at_once_share_the_budget():
+    layer = options(*((rank, 1 / rank) for rank in range(1, 65)))
+    at_once = turns_by_worth(np.ones(64), layer.errors)
+    assert set(at_once) == {-np.inf}
+    assert allocate([layer] * 4, 150, [at_once] * 4).ranks == allocate([layer] * 4, 150).ranks
+    assert max(allocate([layer] * 4, 150, [at_once] * 4).ranks) <= 38

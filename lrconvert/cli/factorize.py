@@ -103,7 +103,8 @@ def factorize(
         str | None,
         typer.Option(
             "--for",
-            help="speed: no layer that is not faster, measured; both (--auto's own): none that is slower; or size.",
+            help="speed: no layer that is not faster, measured, and budgets spent by time; both (--auto's own): none "
+            "that is slower; or size.",
             metavar="GOAL",
             rich_help_panel=options.SPEED,
         ),

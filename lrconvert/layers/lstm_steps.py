@@ -8,12 +8,11 @@ Shapes: steps T, batch B, hidden h, four gates, factorized in one to four groups
 and the biases add to the gates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lrconvert.layers.packed import packed_products, worth_packing
 
@@ -48,19 +47,21 @@ class LSTMSteps(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the way back needs."""
-        _, hidden, cell, u, v = inputs
-        outputs, _, _, *kept = output
+        _, _, _, *kept = output
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, cell, u, v, outputs, *kept)
+        # Not the outputs: they may be changed in place.
+        ctx.save_for_backward(*inputs, *kept)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, by_outputs: Tensor | None, by_hidden: Tensor | None, by_cell: Tensor | None, *_: None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of the five inputs; `by_…` are those of the results."""
-        hidden, cell, u, v, outputs, activations, cells, inner = ctx.saved_tensors
+        *inputs, activations, cells, inner = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: what follows has no derivative itself
+            return _differentiable_gradients(inputs, (by_outputs, by_hidden, by_cell), ctx.needs_input_grad)
+        _, hidden, cell, u, v = inputs
         steps, gates, batch, width = activations.shape
         groups, rank = len(u) // v.shape[1], v.shape[1]
         enter, forget, new, leave = activations.unbind(1)
@@ -85,11 +86,38 @@ class LSTMSteps(torch.autograd.Function):
             by_group = d_shares[:, step].unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
             d_inner[step] = widen(by_group).transpose(0, 1).flatten(1)
             d_hidden = narrow(d_inner[step].unsqueeze(0))[0]
-        starts = torch.cat([hidden.unsqueeze(0), outputs[:-1]]).flatten(0, 1)
-        d_u = d_inner.flatten(0, 1).T @ starts
-        each_inner = inner.view(steps * batch, groups, rank).transpose(0, 1).repeat_interleave(gates // groups, 0)
-        d_v = torch.bmm(d_shares.flatten(1, 2).mT, each_inner).flatten(0, 1)
+        d_u = d_v = None
+        if ctx.needs_input_grad[3]:
+            starts = torch.cat([hidden.unsqueeze(0), (leave * tanh)[:-1]]).flatten(0, 1)
+            d_u = d_inner.flatten(0, 1).T @ starts
+        if ctx.needs_input_grad[4]:
+            each_inner = inner.view(steps * batch, groups, rank).transpose(0, 1).repeat_interleave(gates // groups, 0)
+            d_v = torch.bmm(d_shares.flatten(1, 2).mT, each_inner).flatten(0, 1)
         return d_shares, d_hidden, d_cell, d_u, d_v
+
+
+def _differentiable_gradients(
+    inputs: Sequence[Tensor], by_results: Sequence[Tensor | None], needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs as functions that autograd can differentiate, for which all steps are taken again."""
+    shares, hidden, cell, u, v = inputs
+    outputs = []
+    v = v.unflatten(0, (len(u) // v.shape[1], -1))
+    for share in shares.unbind(1):
+        wide = torch.bmm((hidden @ u.T).unflatten(1, (len(v), -1)).transpose(0, 1), v.mT)
+        gates = share + wide.unflatten(2, (-1, hidden.shape[1])).transpose(1, 2).flatten(0, 1)
+        cell = torch.sigmoid(gates[1]) * cell + torch.sigmoid(gates[0]) * torch.tanh(gates[2])
+        hidden = torch.sigmoid(gates[3]) * torch.tanh(cell)
+        outputs.append(hidden)
+    results = [(result, by) for result, by in zip((torch.stack(outputs), hidden, cell), by_results, strict=True)]
+    given = [(result, by) for result, by in results if by is not None]
+    wanted = [each for each, need in zip(inputs, needed, strict=True) if need]
+    found = iter(
+        torch.autograd.grad(
+            [result for result, _ in given], wanted, [by for _, by in given], create_graph=True, allow_unused=True
+        )
+    )
+    return tuple(next(found) if need else None for need in needed)
 
 
 def _products(weights: Tensor, rows: int) -> Callable[[Tensor], Tensor]:

@@ -28,7 +28,7 @@ def worth_packing(weights: Tensor) -> bool:
 def packed_products(weights: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
     """The function from x (groups, rows, in) to x·weightsᵀ (groups, rows, out), for weights (groups, out, in).
 
-    It keeps a copy of the weights, has no gradient, and takes any number of rows, if not always at the same speed.
+    It keeps a copy of the weights, and has no gradient. It takes any number of rows; the layout is the best for `rows`.
     """
     laid_out = [torch.ops.mkldnn._reorder_linear_weight(each.detach().contiguous(), rows) for each in weights]
 

@@ -62,6 +62,8 @@ class LowRankRecurrent(LowRankComposite):
             return self._packed(input, hx)
         hx = tuple(hx) if isinstance(hx, list) else hx
         batched, batch = input.dim() == 3, 0 if self.batch_first else 1
+        if not input.shape[1 if batched and self.batch_first else 0]:
+            raise RuntimeError("expected at least one time step, found none")
         if not batched:
             input = input.unsqueeze(batch)
             hx = _each(hx, lambda state: state.unsqueeze(1))
@@ -137,8 +139,9 @@ class LowRankRecurrent(LowRankComposite):
     def _kept_products(self) -> dict[str, Any] | None:
         """Where to keep what is made of the factors until one of them changes; None where that could go unnoticed."""
         parameters = list(self.parameters())
-        may_change = torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()
-        if may_change or not parameters[0].is_cpu or torch.is_autocast_enabled("cpu"):
+        may_change = torch.is_grad_enabled() or self.training
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if may_change or recorded or not parameters[0].is_cpu or torch.is_autocast_enabled("cpu"):
             self._kept = None
             return None
         try:

@@ -4,7 +4,7 @@ The input's share of all gates is computed for the whole sequence at once; a ste
 matrices. Shapes: time T, batch B, hidden h; gates are kept apart, (gates, B, h).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,8 +58,8 @@ def _one(
     gates = layer.gates
     ih, hh, *rest = names
     biases = [getattr(layer, name).view(gates, 1, -1) for name in rest if name.startswith("bias")]
-    enter, recur = (products.get(name) or _product(layer, name, gates) for name in (ih, hh))
-    shares = enter(input.flatten(0, 1))
+    from_input, recur = (products.get(name) or _product(layer, name, gates) for name in (ih, hh))
+    shares = from_input(input.flatten(0, 1))
     step: Callable[..., tuple[Tensor, ...]]
     if layer.mode == "GRU":
         # The new gate's recurrent bias is inside its product with the reset gate.
@@ -75,10 +75,12 @@ def _one(
     if biases:
         shares = shares + sum(biases)
     shares = shares.unflatten(1, input.shape[:2])
-    if _goes_back_at_once(layer, hh, shares, state):
+    if _is_plain_lstm(layer, hh):
         factors: Any = layer.get_submodule(factor_name(hh))
-        output, hidden, cell, *_ = LSTMSteps.apply(shares, *state, factors.u.weight, factors.v.weight)
-        return output, (hidden, cell)
+        inputs = (shares, *state, factors.u.weight, factors.v.weight)
+        if _in_training(inputs):
+            output, hidden, cell, *_ = LSTMSteps.apply(*inputs)
+            return output, (hidden, cell)
     outputs = []
     for share in shares.unbind(1):
         state = step(share, *state)
@@ -86,18 +88,21 @@ def _one(
     return torch.stack(outputs), state
 
 
-def _goes_back_at_once(layer: "LowRankRecurrent", hh: str, shares: Tensor, state: tuple[Tensor, ...]) -> bool:
-    """Whether these steps are an LSTM's in training, as `LSTMSteps` knows them."""
-    return (
-        layer.mode == "LSTM"
-        and not layer.proj_size
-        and hh in layer.factored
-        and torch.is_grad_enabled()
-        and shares.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and all(part.dtype == shares.dtype for part in state)
+def _is_plain_lstm(layer: "LowRankRecurrent", hh: str) -> bool:
+    """Whether `LSTMSteps` knows these steps."""
+    return layer.mode == "LSTM" and not layer.proj_size and hh in layer.factored
+
+
+def _in_training(inputs: Sequence[Tensor]) -> bool:
+    """Whether there is a way back through `inputs`, and nothing that has to see each operation of the steps."""
+    watched = (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()  # torch.func
+        or torch.is_autocast_enabled("cpu")
     )
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+    return wanted and not watched and all(each.is_cpu and each.dtype == inputs[0].dtype for each in inputs)
 
 
 def _product(layer: "LowRankRecurrent", name: str, gates: int) -> Product:

@@ -82,6 +82,43 @@ def test_the_way_back_through_an_lstm_is_its_derivative(groups):
         assert torch.autograd.gradcheck(lambda *given, used=used: LSTMSteps.apply(*given)[used], inputs)
 
 
+def test_gradients_through_an_lstm_can_be_differentiated_themselves():
+    shapes = (4, 3, 2, 3), (2, 3), (2, 3), (4, 3), (12, 1)
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradgradcheck(lambda *given: LSTMSteps.apply(*given)[:3], inputs)
+    # a penalty on a gradient that itself was asked for without one
+    (by_shares,) = torch.autograd.grad(LSTMSteps.apply(*inputs)[0].sum(), inputs[:1], create_graph=True)
+    by_shares.square().sum().backward()
+    assert all(each.grad is not None and bool(each.grad.any()) for each in inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_an_lstm_in_training_may_be_traced_transformed_and_have_its_outputs_changed(monkeypatch):
+    monkeypatch.setattr(LowRankRecurrent, "_steps_pay", lambda *_: True)
+    monkeypatch.setattr(packed, "WIDE", 1)
+    small, dense = factorized(nn.LSTM(6, 8))
+    x = torch.randn(5, 3, 6)
+
+    def loss(module, one):
+        return module(one.unsqueeze(1))[0].square().sum()
+
+    each = torch.func.vmap(torch.func.grad(lambda one: loss(small, one)), in_dims=1)(x)
+    assert_close(each, torch.stack([torch.func.grad(lambda one: loss(dense, one))(one) for one in x.unbind(1)]))
+    gradients = []
+    for module in (small, dense):
+        given = x.clone().requires_grad_()
+        output = module(given)[0]
+        (output.relu_() if module is small else output.relu()).square().sum().backward()
+        gradients.append(given.grad)
+    assert_close(*gradients)
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            traced = torch.jit.trace(small.eval(), x, check_trace=False)
+            assert_close(traced(2 * x)[0], dense(2 * x)[0])
+    with pytest.raises(RuntimeError, match="at least one time step"):
+        small(x[:0])
+
+
 @pytest.mark.parametrize("joint", [True, False])
 def test_gradients_of_wide_factors_are_those_of_narrow_ones(monkeypatch, joint):
     monkeypatch.setattr(LowRankRecurrent, "_steps_pay", lambda *_: True)
