@@ -39,6 +39,12 @@ def modules(draw, kinds=KINDS):
     return Drawn(kind, module.to(dtype), call, dtype)
 
 
+def cancels(module, output):
+    """Whether the products and the bias in `output` nearly cancel: then rounding alone is a large part of it."""
+    bias = getattr(module, "bias", None)
+    return isinstance(bias, torch.Tensor) and float(output.norm()) < 0.05 * float(bias.detach().norm())
+
+
 @st.composite
 def plans(draw, module, full_rank=False, norm=False):
     """A plan for `ModuleDict({"it": module})`: some or all of its weights, at any rank, perhaps with a norm between."""

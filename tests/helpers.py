@@ -11,18 +11,12 @@ from lrconvert.cli import main
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def assert_close(got, want, tolerance=None, module=None):
-    """‖got − want‖ ≤ tolerance · ‖want‖, by dtype unless given; the reference must not be zero.
-
-    Where they are outputs of `module`, its biases count too: a product and a bias that nearly cancel leave a small sum,
-    with as few digits as the two let it have.
-    """
+def assert_close(got, want, tolerance=None):
+    """‖got − want‖ ≤ tolerance · ‖want‖, by dtype unless given; the reference must not be zero."""
     assert got.shape == want.shape
     got, want = got.detach(), want.detach()
     size = torch.linalg.vector_norm(want.double())
     assert size > 0, "the reference is zero, and everything would pass"
-    for name, parameter in module.named_parameters() if module else ():
-        size += torch.linalg.vector_norm(parameter.detach().double()) if "bias" in name else 0
     difference = float(torch.linalg.vector_norm(got.double() - want.double()) / size)
     limit = TOLERANCE[want.dtype] if tolerance is None else tolerance
     assert difference <= limit, f"relative difference {difference:.2e} is more than {limit:.0e}"

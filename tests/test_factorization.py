@@ -7,9 +7,9 @@ import copy
 
 import pytest
 import torch
-from drawn import KINDS, modules, plans
+from drawn import KINDS, cancels, modules, plans
 from helpers import TOLERANCE, assert_close
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import lrconvert
@@ -57,20 +57,21 @@ def test_the_law(kind, data):
         patch.setattr(packed, "WIDE", 1)
         output = drawn.call(live["it"]).detach()
         assert torch.equal(output, drawn.call(reshaped["it"]).detach())
+        assume(not cancels(drawn.module, output))
         with torch.no_grad():
-            assert_close(drawn.call(live["it"]), output, module=live)
+            assert_close(drawn.call(live["it"]), output)
 
     # the merged tensors, and the dense model with them
     merged = dict(run(merging(refs_of(tensors), plan)))
     dense = copy.deepcopy(model)
     dense.load_state_dict(merged, strict=True)
-    assert_close(output, drawn.call(dense["it"]), TOLERANCE[drawn.dtype], dense)
+    assert_close(output, drawn.call(dense["it"]).detach(), TOLERANCE[drawn.dtype])
     back = merge_module(copy.deepcopy(live))
     assert type(back["it"]) is type(drawn.module)
     assert all(torch.equal(value, merged[key]) for key, value in back.state_dict().items())
     assert torch.equal(drawn.call(back["it"]), drawn.call(dense["it"]))
     if full_rank:
-        assert_close(output, dense_output, TOLERANCE[drawn.dtype], model)
+        assert_close(output, dense_output, TOLERANCE[drawn.dtype])
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])

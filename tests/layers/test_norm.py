@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from drawn import modules, plans
+from drawn import cancels, modules, plans
 from helpers import TOLERANCE, assert_close
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -75,7 +75,8 @@ def test_the_law_with_a_norm(kind, data):
     assert live["it"].bn.training is training
     assert all(torch.equal(value, tensors[key]) for key, value in live.state_dict().items())
     if full_rank:
-        assert_close(drawn.call(copy.deepcopy(live).eval()["it"]), dense_output, 1e-5, drawn.module)
+        assume(not cancels(drawn.module, dense_output))
+        assert_close(drawn.call(copy.deepcopy(live).eval()["it"]).detach(), dense_output, 1e-5)
     output = drawn.call(live["it"])
     assert torch.equal(output, drawn.call(reshaped["it"]))
     assert int(live["it"].bn.num_batches_tracked) == training
