@@ -256,7 +256,7 @@ def _spectrum_from(gram: Tensor) -> Spectrum | None:
 
 
 def _surely_noisy(gram: Tensor, energy: Tensor) -> bool:
-    """Whether some σ is too small for this float32 Gram matrix, found at a tenth of what its eigenvalues cost.
+    """Whether some σ is too small for this float32 Gram matrix, found before its eigenvalues are.
 
     Inverse iteration bounds the smallest eigenvalue from above, Σλ²/Σλ the largest from below.
     """

@@ -1,7 +1,7 @@
 """The steps of a factorized LSTM with a backward pass of its own, for training.
 
-Autograd would take each step back alone and add up the factors' gradients one step after the other: for wide layers
-that moves more memory than all products do. Here only what one step hands to the one before it is computed step by
+Autograd would take each step back alone and add up the factors' gradients one step after the other, each time all of
+their elements. Here only what one step hands to the one before it is computed step by
 step (backpropagation through time); a factor's gradient is one product over all steps.
 
 Shapes: steps T, batch B, hidden h, four gates, factorized in one to four groups of rank r. `shares` is what the inputs
@@ -34,8 +34,7 @@ class LSTMSteps(torch.autograd.Function):
         narrow, widen = _products(u.unsqueeze(0), batch), _products(v.unflatten(0, (groups, -1)), batch)
         for step, now in enumerate(activations):
             inner[step] = narrow(hidden.unsqueeze(0))[0]
-            wide = widen(inner[step].unflatten(1, (groups, -1)).transpose(0, 1))
-            torch.add(shares[:, step], wide.unflatten(2, (-1, width)).transpose(1, 2).flatten(0, 1), out=now)
+            torch.add(shares[:, step], _by_gate(widen(_by_group(inner[step], groups)), width), out=now)
             enter, forget, new, leave = now
             now[:2].sigmoid_()
             new.tanh_()
@@ -104,10 +103,8 @@ def _differentiable_gradients(
     outputs = []
     v = v.unflatten(0, (len(u) // v.shape[1], -1))
     for share in shares.unbind(1):
-        wide = torch.bmm((hidden @ u.T).unflatten(1, (len(v), -1)).transpose(0, 1), v.mT)
-        gates = share + wide.unflatten(2, (-1, hidden.shape[1])).transpose(1, 2).flatten(0, 1)
-        cell = torch.sigmoid(gates[1]) * cell + torch.sigmoid(gates[0]) * torch.tanh(gates[2])
-        hidden = torch.sigmoid(gates[3]) * torch.tanh(cell)
+        wide = torch.bmm(_by_group(hidden @ u.T, len(v)), v.mT)
+        hidden, cell = lstm_cell(share + _by_gate(wide, hidden.shape[1]), cell)
         outputs.append(hidden)
     results = [(result, by) for result, by in zip((torch.stack(outputs), hidden, cell), by_results, strict=True)]
     given = [(result, by) for result, by in results if by is not None]
@@ -118,6 +115,23 @@ def _differentiable_gradients(
         )
     )
     return tuple(next(found) if need else None for need in needed)
+
+
+def lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """The next hidden state, before a projection, and cell (B, h), of gates (4, B, h) that are not squashed yet."""
+    enter, forget, new, leave = gates.unbind(0)
+    cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
+    return torch.sigmoid(leave) * torch.tanh(cell), cell
+
+
+def _by_group(inner: Tensor, groups: int) -> Tensor:
+    """(groups, B, r) of (B, groups·r)."""
+    return inner.unflatten(1, (groups, -1)).transpose(0, 1)
+
+
+def _by_gate(wide: Tensor, width: int) -> Tensor:
+    """(4, B, h) of (groups, B, 4/groups·h)."""
+    return wide.unflatten(2, (-1, width)).transpose(1, 2).flatten(0, 1)
 
 
 def _products(weights: Tensor, rows: int) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """Weights laid out for oneDNN once, before they multiply many times, as torch's own compiler does with frozen weights.
 
-For a few rows of inputs a product is as fast as its weight can be read: in oneDNN's layout that takes half the time of
-torch's default, which on processors not of Intel's make leaves AVX-512 unused (benchmarks/recurrent.py).
+For a few rows of inputs a product is as fast as its weight can be read, which depends on the layout.
+benchmarks/recurrent.py measures the layers that use this.
 """
 
 from collections.abc import Callable

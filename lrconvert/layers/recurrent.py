@@ -23,9 +23,10 @@ RECURRENT_TYPES: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _FUSED: dict[str, Any] = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
 
-# Multiply-accumulates that a step must save to pay for itself. In training the other way costs more, and an LSTM has a
-# backward pass of its own.
-_LEAST_SAVED = {"inference": 20_000_000, "training": 12_000_000, "training an LSTM": 6_000_000}
+# Multiply-accumulates that a step must save to pay for itself (benchmarks/recurrent.py). In training the other way
+# costs more, and an LSTM has a backward pass of its own.
+_LEAST_SAVED = 20_000_000
+_LEAST_SAVED_TRAINING = {"LSTM": 6_000_000, "GRU": 12_000_000, "RNN_TANH": 12_000_000, "RNN_RELU": 12_000_000}
 
 Sequence = Tensor | PackedSequence
 State = Tensor | tuple[Tensor, Tensor]
@@ -139,9 +140,7 @@ class LowRankRecurrent(LowRankComposite):
     def _kept_products(self) -> dict[str, Any] | None:
         """Where to keep what is made of the factors until one of them changes; None where that could go unnoticed."""
         parameters = list(self.parameters())
-        may_change = torch.is_grad_enabled() or self.training
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        if may_change or recorded or not parameters[0].is_cpu or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or self.training or recurrent_steps.watched() or not parameters[0].is_cpu:
             self._kept = None
             return None
         try:
@@ -166,8 +165,7 @@ class LowRankRecurrent(LowRankComposite):
             return True  # the compiler has no gradient for the fused operator
         if not input.is_cpu or torch.compiler.is_compiling():
             return False
-        case = "training" if torch.is_grad_enabled() else "inference"
-        return batch * self._saved >= _LEAST_SAVED.get(f"{case} an {self.mode}", _LEAST_SAVED[case])
+        return batch * self._saved >= (_LEAST_SAVED_TRAINING[self.mode] if torch.is_grad_enabled() else _LEAST_SAVED)
 
     def _saved_macs(self) -> float:
         """What a step saves for one row of the batch, on the average of layers and directions."""

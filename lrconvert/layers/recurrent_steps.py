@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrconvert.layers.layer import factor_name
-from lrconvert.layers.lstm_steps import LSTMSteps
+from lrconvert.layers.lstm_steps import LSTMSteps, lstm_cell
 from lrconvert.layers.packed import packed_products, worth_packing
 
 if TYPE_CHECKING:
@@ -94,15 +94,19 @@ def _is_plain_lstm(layer: "LowRankRecurrent", hh: str) -> bool:
 
 
 def _in_training(inputs: Sequence[Tensor]) -> bool:
-    """Whether there is a way back through `inputs`, and nothing that has to see each operation of the steps."""
-    watched = (
+    """Whether there is a way back through `inputs`, and `LSTMSteps` may take it."""
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+    return wanted and not watched() and all(each.is_cpu and each.dtype == inputs[0].dtype for each in inputs)
+
+
+def watched() -> bool:
+    """Whether somebody has to see each operation: to record it, to transform it, or to change its dtype."""
+    return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._are_functorch_transforms_active()  # torch.func
         or torch.is_autocast_enabled("cpu")
     )
-    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
-    return wanted and not watched and all(each.is_cpu and each.dtype == inputs[0].dtype for each in inputs)
 
 
 def _product(layer: "LowRankRecurrent", name: str, gates: int) -> Product:
@@ -152,9 +156,7 @@ def _linear(layer: "LowRankRecurrent", name: str) -> Product:
 
 def _lstm(recur: Product, project: Product | None) -> Callable[..., tuple[Tensor, ...]]:
     def step(share: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        enter, forget, new, leave = (share + recur(hidden)).unbind(0)
-        cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
-        hidden = torch.sigmoid(leave) * torch.tanh(cell)
+        hidden, cell = lstm_cell(share + recur(hidden), cell)
         return project(hidden) if project else hidden, cell
 
     return step
