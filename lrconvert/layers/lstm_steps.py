@@ -1,8 +1,8 @@
 """The steps of a factorized LSTM with a backward pass of its own, for training.
 
 Autograd would take each step back alone and add up the factors' gradients one step after the other, each time all of
-their elements. Here only what one step hands to the one before it is computed step by
-step (backpropagation through time); a factor's gradient is one product over all steps.
+their elements. Here only what one step hands to the one before it is computed step by step (backpropagation through
+time); a factor's gradient is one product over all steps.
 
 Shapes: steps T, batch B, hidden h, four gates, factorized in one to four groups of rank r. `shares` is what the inputs
 and the biases add to the gates.
