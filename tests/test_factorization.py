@@ -57,6 +57,7 @@ def test_the_law(kind, data):
         patch.setattr(packed, "WIDE", 1)
         output = drawn.call(live["it"]).detach()
         assert torch.equal(output, drawn.call(reshaped["it"]).detach())
+        assume(output.any())  # an RNN of ReLUs may answer with nothing but zeros
         assume(not cancels(drawn.module, output))
         with torch.no_grad():
             assert_close(drawn.call(live["it"]), output)
