@@ -15,7 +15,7 @@ from lrconvert.models import Architecture
 from lrconvert.network import Network, architecture_of, fit, not_loaded, own_architecture
 from lrconvert.rewrite import moving
 from lrconvert.surgery import plan_of
-from lrconvert.tensors import refs_of
+from lrconvert.tensors import load_into, refs_of
 
 
 def load(
@@ -136,7 +136,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         if stored is not None:
             state |= dict.fromkeys(names, stored)
     with torch.no_grad():
-        model.load_state_dict(state, strict=True, assign=on_meta)
+        load_into(model, state, assign=on_meta)
     if on_meta:
         # Assigning gave every name a parameter of its own: tie them again.
         for names in tied:

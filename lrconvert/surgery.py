@@ -15,7 +15,7 @@ from lrconvert.layers import Factored, family_of, low_rank_modules
 from lrconvert.layers.survey import layers_of_module
 from lrconvert.plan import LayerPlan, Plan
 from lrconvert.response import Response
-from lrconvert.tensors import refs_of
+from lrconvert.tensors import load_into, refs_of
 from lrconvert.views import can_split
 
 
@@ -104,7 +104,7 @@ def factorize_module(
     steps = factorization.factorizing(refs_of(model.state_dict()), plan, device, responses)
     tensors = dict(rewrite.run(steps, device, progress))
     model = reshape(model, plan)
-    model.load_state_dict(tensors, strict=True)
+    load_into(model, tensors)
     return model
 
 
@@ -130,7 +130,7 @@ def merge_module(model: nn.Module) -> nn.Module:
             counterparts = [low_rank.get_parameter(path) for path in low_rank.counterparts(name)]
             parameter.requires_grad_(all(each.requires_grad for each in counterparts))
         model = _replace(model, path, dense)
-    model.load_state_dict(tensors, strict=True)
+    load_into(model, tensors)
     return model
 
 

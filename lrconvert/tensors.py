@@ -1,10 +1,11 @@
-"""A tensor that has not been read yet: what everything that streams a checkpoint passes around."""
+"""A tensor that has not been read yet: what everything that streams a checkpoint passes around; and loading them."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Running statistics and counters: state, but not parameters.
 _BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "relative_position_index")
@@ -52,6 +53,18 @@ def refs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorRef]:
             None if alias == key else alias,
         )
     return refs
+
+
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor], assign: bool = False) -> None:
+    """Strict `load_state_dict` of tensors that do not say which version of each module's layout they are in.
+
+    Some modules refuse a state dict without versions (torchvision's MNASNet). With the very keys of the model it is in
+    the current one; with others, say of a BatchNorm without a counter, modules may bring it up to date.
+    """
+    state, current = OrderedDict(tensors), model.state_dict()
+    if state.keys() == current.keys():
+        state._metadata = current._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state, strict=True, assign=assign)
 
 
 def shapes_of(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:

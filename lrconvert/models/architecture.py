@@ -1,7 +1,7 @@
 """An architecture by name: how to build it, and what its input looks like."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -55,13 +55,14 @@ class Architecture:
         return model
 
     def build_without_parameters(self) -> nn.Module:
-        """The model with its parameters on the meta device, and its buffers computed.
+        """The model with its buffers computed, and its parameters on the meta device, if the constructor does without.
 
         Raises:
             ModelError: the constructor fails.
         """
-        with _parameters_on_meta():
+        with suppress(ModelError), _parameters_on_meta():
             return self.build("cpu")
+        return self.build("cpu")
 
 
 @contextmanager
