@@ -179,7 +179,9 @@ class _Moments:
         self.forward_sum, self.backward_sum = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
         self.mean = torch.zeros(size[:2], dtype=torch.float64)
         self.positions, self.kept = (torch.zeros(layer.groups, dtype=torch.float64) for _ in range(2))
-        self.reached = self.unreadable = self.biased = False
+        self.reached = self.unreadable = False
+        # Whether the layer's bias is added to its products, and whether one is that a parent makes of it, or of others.
+        self.biased = self.bias_is_made = False
 
     def forward(self, product: Product, output: Tensor, groups: slice, n: int, keep: Tensor | None) -> Tensor:
         """Count what a product saw, and return it: (groups, n, s) outputs of the weight, or inputs.
@@ -198,7 +200,11 @@ class _Moments:
         else:
             seen = product.inputs(count).detach()
             seen = seen if keep is None else seen[:, keep]
-        self.biased |= product.bias is not None and self.layer.kind not in COMPOSITE_KINDS
+        if product.bias is not None and self.layer.kind not in COMPOSITE_KINDS:
+            if isinstance(product.bias, nn.Parameter):
+                self.biased = True
+            else:
+                self.bias_is_made = True
         self.positions[groups] += n
         self.kept[groups] += seen.shape[1]
         if not self.two_sided:
@@ -236,7 +242,9 @@ class _Moments:
         # Of the second moment that errors are measured in, the sum over all positions of an example.
         an_example = self.positions[:, None, None] / kept / examples
         mean = self.mean / self.kept[:, None]
-        if self.biased:  # the bias makes up for the mean: only what varies is left to the weight
+        if self.bias_is_made:  # who knows what became of a correction
+            mean = torch.zeros_like(mean)
+        elif self.biased:  # the bias makes up for the mean: only what varies is left to the weight
             self.forward_sum -= kept * mean[:, :, None] * mean[:, None, :]
         if self.rows_side:
             if not self.two_sided:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lrconvert.calling import calling
 from lrconvert.inputs import Inputs, examples
 from lrconvert.layers import family_of, low_rank_modules
-from lrconvert.modes import evaluating, without_fast_path
+from lrconvert.modes import evaluating, on_meta, without_fast_path
 
 MAC_CONVENTION = "matrix products and convolutions of one forward pass, batch 1"
 
@@ -67,11 +68,16 @@ def observe(model: nn.Module, inputs: Inputs, batch: int, modules: Iterable[nn.M
         Exception: whatever the model's forward raises on the meta device.
     """
     arguments, named = examples(inputs, batch, torch.get_default_dtype(), "meta")
-    state = {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     hooks = [module.register_forward_hook(observer, with_kwargs=True) for module in modules]
     try:
-        with evaluating(model), countable(), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(model, state, arguments, named)
+        with (
+            on_meta(model),
+            evaluating(model),
+            countable(),
+            calling(model),
+            FlopCounterMode(display=False) as counter,
+        ):
+            model(*arguments, **named)
     finally:
         for hook in hooks:
             hook.remove()

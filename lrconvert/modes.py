@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -17,6 +17,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def on_meta(model: nn.Module) -> Iterator[None]:
+    """While it lasts, parameters and buffers of `model` have no data; what is shared stays shared.
+
+    Not torch.func.functional_call: of a module that is reached under two names it puts back the wrong parameters.
+    """
+    stores = [store for module in model.modules() for store in (module._parameters, module._buffers)]
+    kept = [dict(store) for store in stores]
+    made: dict[int, Tensor] = {}
+    try:
+        for store in stores:
+            for name, tensor in store.items():
+                if tensor is not None:
+                    store[name] = made.setdefault(id(tensor), tensor.detach().to("meta"))  # type: ignore[assignment]
+        yield
+    finally:
+        for store, before in zip(stores, kept, strict=True):
+            store |= before
 
 
 @contextmanager

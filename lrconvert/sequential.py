@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lrconvert.calling import calling
 from lrconvert.errors import UsageError, WeightError
 from lrconvert.inputs import Call
 from lrconvert.layers import low_rank_modules
@@ -172,6 +173,7 @@ def _watched(
     with ExitStack() as hooks:
         for name, module in modules.items():
             hooks.callback(module.register_forward_hook(partial(take, name), with_kwargs=True).remove)
+        hooks.enter_context(calling(model))
         with suppress(_Reached):
             call.run(model)
     return seen

@@ -26,6 +26,11 @@ NETWORKS = {
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**TEXT, **SIZES, num_key_value_heads=2, tie_word_embeddings=True)
     ),
+    "falcon": lambda: transformers.FalconForCausalLM(
+        transformers.FalconConfig(
+            vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+        )
+    ),
     "t5": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=99, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0

@@ -82,6 +82,27 @@ def test_order_is_that_of_the_calls_and_modes_are_restored():
     assert not model.first._forward_hooks
 
 
+def test_modules_reached_under_two_names_keep_their_parameters():
+    class Inner(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.shared = shared
+            self.tied = nn.Linear(4, 4, bias=False)
+            self.tied.weight = shared.weight
+
+        def forward(self, x):
+            return self.tied(self.shared(x))
+
+    model = nn.ModuleDict({"shared": nn.Linear(4, 4)})
+    model["inner"] = Inner(model["shared"])
+    model.forward = model["inner"].forward
+    before = {name: parameter.clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    kept = dict(model.named_parameters(remove_duplicate=False))
+    assert trace(model, one_input((3, 4))).macs == 2 * 3 * 16
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is kept[name] and torch.equal(after[name], before[name]) for name in before)
+
+
 def test_fast_path_setting_is_restored():
     before = torch.backends.mha.get_fastpath_enabled()
     trace(nn.Linear(2, 2), one_input((2,)))

@@ -15,7 +15,7 @@ PACKAGE = Path(lrconvert.__file__).parent
 FLOORS = [
     {"errors", "noise", "allocation", "heads", "timer"},
     {"recipe", "recipes"},
-    {"hardware", "inputs", "layers", "modes", "moments", "outputs", "parallel", "patterns", "tensors"},
+    {"calling", "hardware", "inputs", "layers", "modes", "moments", "outputs", "parallel", "patterns", "tensors"},
     {"spectrum", "stable_rank"},
     {"ranks", "cost", "budget", "fidelity", "products", "response"},
     {"plan", "plan_budget", "rewrite", "views"},

@@ -79,6 +79,10 @@ class LowRankLinear(LowRankLayer):
         out: Tensor = self.bn(narrow.reshape(-1, narrow.shape[-1])).reshape(narrow.shape)
         return out
 
+    def multiplies_by(self, weight: str) -> bool:
+        """Whether the weight is stored (out, in)."""
+        return self.factored[weight].kind == "linear"
+
     @property
     def in_features(self) -> int:
         """Input features, as nn.Linear names them."""

@@ -1,86 +1,15 @@
 """The module that takes a dense module's place; for most: two ordinary layers, applied one after the other."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from lrconvert.errors import ModelError
 from lrconvert.layers.layout import Layout, View, layout_for
-
-
-class ShapeOnly(Tensor):
-    """A meta tensor that refuses to be multiplied, and says that it is where the factors are (`stands_for`).
-
-    torch multiplies a tensor on the CPU by one on the meta device without an error, and returns whatever was in memory.
-    """
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Pass on what reads shape, dtype or device; raise for a product, or for anything else with real tensors."""
-        given = list(_tensors_in((args, kwargs or {})))
-        here = next((tensor for tensor in given if isinstance(tensor, ShapeOnly)), None)
-        if func in (Tensor.to, Tensor.type_as) and here is not None and given[0] is not here:
-            return given[0].to(here.stands_for, here.dtype)  # "like that weight" means like its factors
-        if func in _PRODUCTS or any(not isinstance(tensor, ShapeOnly) and not tensor.is_meta for tensor in given):
-            raise ModelError(
-                f"a factorized layer has no weight to multiply by, but its parent passed it to {func.__name__}: "
-                "keep the layer dense with --exclude"
-            )
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        if isinstance(result, ShapeOnly) and here is not None:
-            result.stands_for = here.stands_for
-        return result
-
-    stands_for: torch.device = torch.device("meta")
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        """The device of the factors: other code puts what it computes there."""
-        return self.stands_for
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """Itself: there is nothing to copy."""
-        return self
-
-
-_PRODUCTS = {
-    functional.linear,
-    functional.conv1d,
-    functional.conv2d,
-    functional.conv3d,
-    functional.conv_transpose1d,
-    functional.conv_transpose2d,
-    functional.conv_transpose3d,
-    functional.embedding,
-    functional.multi_head_attention_forward,
-    torch.matmul,
-    torch.mm,
-    torch.bmm,
-    torch.addmm,
-    torch.einsum,
-    Tensor.matmul,
-    Tensor.mm,
-    Tensor.__matmul__,
-    Tensor.__rmatmul__,
-}
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments of a function."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, dict):
-        yield from _tensors_in(tuple(value.values()))
+from lrconvert.layers.stand_in import stand_in
 
 
 @dataclass(frozen=True)
@@ -112,8 +41,8 @@ class Factored:
 class LowRank(nn.Module):
     """A module in the place of a dense one, some or all of whose weights are factorized.
 
-    What it does not have itself it answers as the dense module would: `in_features`, `stride`, `batch_first`, and, as
-    tensors without data, the weights that were factorized (see `shape_only`).
+    What it does not have itself it answers as the dense module would: `in_features`, `stride`, `batch_first`, and, by
+    what stands in for them, the weights that were factorized (see `lrconvert.layers.stand_in`).
 
     Args:
         dense: the module whose place it takes; only its structure is kept.
@@ -136,6 +65,10 @@ class LowRank(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} does not say what stands for {parameter}")
 
+    def multiplies_by(self, weight: str) -> bool:
+        """Whether this module computes x·weightᵀ of its input x, and a bias, no more."""
+        return False
+
     def dense(self) -> nn.Module:
         """The uninitialised dense module whose place this one took, on its device and in its dtype."""
         own = next(self.parameters())
@@ -155,7 +88,10 @@ class LowRank(nn.Module):
             found = getattr(skeleton[0], name)
             if callable(found) or (isinstance(found, Tensor) and name not in self.factored):
                 raise
-        return shape_only(found, next(self.parameters())) if isinstance(found, Tensor) else found
+        if not isinstance(found, Tensor):
+            return found
+        layer = self if self.multiplies_by(name) else None
+        return stand_in(self.factored[name].shape, next(self.parameters()), layer)
 
 
 class LowRankLayer(LowRank):
@@ -213,22 +149,6 @@ class LowRankLayer(LowRank):
 def where(tensor: Tensor) -> dict[str, Any]:
     """Device and dtype of `tensor`, as keyword arguments of a layer."""
     return {"device": tensor.device, "dtype": tensor.dtype}
-
-
-def shape_only(dense: Tensor, factor: Tensor) -> Tensor:
-    """A tensor without data in the place of the weight `dense` that was factorized.
-
-    Other code reads `layer.weight` for its shape, dtype or device (transformers' weight initialisation,
-    nn.TransformerEncoderLayer). Being on the meta device, or a subclass, it also keeps torch's fused encoder path from
-    running, which would multiply the factors out on every call.
-    """
-    weight = torch.empty(dense.shape, dtype=factor.dtype, device="meta")
-    # Graph capture has no use for a subclass, and checks devices itself.
-    if torch.compiler.is_compiling() or type(weight) is not Tensor:
-        return weight
-    answer: ShapeOnly = weight.as_subclass(ShapeOnly)
-    answer.stands_for = factor.device
-    return answer
 
 
 def without_data(module: nn.Module) -> nn.Module:

@@ -11,17 +11,8 @@ from torch.nn.utils import parametrize
 from lrconvert.layers import LAYOUTS, Family, Layer, family_of
 from lrconvert.layers.attention import SEPARATE
 
-# Parents that use a child's weight without calling the child, so that replacing the child would change nothing or
-# break: the parent's class, and the children concerned.
-READ_BY_PARENT = {
-    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
-    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": ("qkv", "proj"),
-    "timm.models.beit.Attention": ("qkv",),
-    "timm.models.eva.EvaAttention": ("qkv",),
-    "timm.models.swin_transformer_v2.WindowAttention": ("qkv",),
-}
 # Subclasses with a forward of their own that computes what their base class does.
-SAME_AS_BASE = frozenset({"timm.layers.linear.Linear"})
+SAME_AS_BASE = frozenset({"timm.layers.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"})
 
 _RECURRENT = re.compile(r"(?:^|\.)(weight_(ih|hh|hr)_l\d+(_reverse)?)$")
 _EMBEDDING_NAME = re.compile(r"emb|wte$|wpe$|lookup|^shared$|attention_bias$|codebook", re.IGNORECASE)
@@ -50,7 +41,7 @@ def layers_of_module(model: nn.Module) -> tuple[Layer, ...]:
                 continue
             listed.add(id(parameter))
             key = f"{name}.{path}" if name else path
-            kind, groups, reason, guess = _judge(module, path, parents.get(name.rpartition(".")[0]))
+            kind, groups, reason, guess = _judge(module, path)
             tied = [other for other in names_of[id(parameter)] if other != key]
             if tied and (guess or not reason):
                 reason, guess = f"shared with {_layer_name(tied[0])}", False
@@ -76,7 +67,7 @@ def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _judge(module: nn.Module, path: str, parent: nn.Module | None) -> tuple[str, int, str, bool]:
+def _judge(module: nn.Module, path: str) -> tuple[str, int, str, bool]:
     """(kind, groups, reason to stay dense, whether naming the layer overrules it) of one parameter of `module`."""
     if isinstance(module, parametrize.ParametrizationList):
         return "parametrized", 1, "parametrized: call torch.nn.utils.parametrize.remove_parametrizations first", False
@@ -87,19 +78,16 @@ def _judge(module: nn.Module, path: str, parent: nn.Module | None) -> tuple[str,
     if family is None or groups is None:
         word = "embedding_bag" if isinstance(module, nn.EmbeddingBag) else "parameter"
         return word, 1, f"{word.replace('_', ' ')}: not the weight of a layer that can be factorized", False
-    reason = _reason(module, family, parent)
+    reason = _reason(module, family)
     if family.kind == "embedding" and not reason:
         return family.kind, groups, _EMBEDDING_REASON, True
     return family.kind, groups, reason, False
 
 
-def _reason(module: nn.Module, family: Family, parent: nn.Module | None) -> str:
-    """Why a module of `family`, whose own parent is `parent`, cannot be replaced; empty when it can."""
+def _reason(module: nn.Module, family: Family) -> str:
+    """Why a module of `family` cannot be replaced; empty when it can."""
     if not _computes_like(module, family):
         return f"{type(module).__name__} changes what {family.dense.__name__} computes"
-    child = next((child for child, value in parent._modules.items() if value is module), "") if parent else ""
-    if any(child in READ_BY_PARENT.get(_full_name(base), ()) for base in type(parent).__mro__):
-        return f"{type(parent).__name__} reads this weight without calling the layer"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks) or "forward" in vars(module):
         return "has hooks or a forward of its own, which would be lost"

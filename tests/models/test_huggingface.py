@@ -23,6 +23,7 @@ DENSE = {
     "bert": {"embedding": 3},
     "gpt2": {"embedding": 1, "shared": 1},
     "llama": {"shared": 1},
+    "falcon": {"shared": 1},
     "t5": {"embedding": 2, "shared": 1},
     "whisper": {"embedding": 1, "shared": 1, "WhisperPositionalEmbedding": 1},
     "clip": {"embedding": 3},

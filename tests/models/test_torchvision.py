@@ -18,6 +18,7 @@ NETWORKS = {
     "mobilenet_v3_large": (64, {}),
     "convnext_tiny": (64, {}),
     "vit_b_16": (64, {"image_size": 64}),
+    "mnasnet0_5": (64, {}),  # insists on a version in its state dict
     "swin_t": (64, {}),
     "swin_v2_t": (64, {}),
 }
@@ -124,12 +125,15 @@ def test_resnet50_with_layer4_at_a_quarter_has_pufferfish_s_counts(tmp_path):
 
 
 def test_what_must_stay_dense_says_why():
-    reasons = {}
-    for name in ("mobilenet_v3_small", "swin_t"):
-        plan = lrconvert.make_plan(dense_model(name), "rank_ratio=0.25", keep_first=0, keep_last=False)
-        reasons[name] = {layer.name: layer.reason for layer in plan.layers if layer.rank is None}
-    assert reasons["mobilenet_v3_small"]["features.1.block.0.0"].startswith("depthwise")
-    assert reasons["swin_t"]["features.1.0.attn.qkv"].startswith("ShiftedWindowAttention reads")
+    plan = lrconvert.make_plan(dense_model("mobilenet_v3_small"), "rank_ratio=0.25", keep_first=0, keep_last=False)
+    reasons = {layer.name: layer.reason for layer in plan.layers if layer.rank is None}
+    assert reasons["features.1.block.0.0"].startswith("depthwise")
+
+
+def test_all_linear_layers_and_convolutions_of_swin_are_factorized():
+    plan = lrconvert.make_plan(dense_model("swin_t"), "rank_ratio=0.25", keep_first=0, keep_last=False)
+    left = {layer.name.rpartition(".")[2] for layer in plan.layers if layer.rank is None}
+    assert left == {"relative_position_bias_table"}
 
 
 def test_execution_order_is_not_the_order_of_registration(tmp_path):
