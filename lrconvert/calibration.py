@@ -115,7 +115,16 @@ def calibrate(
     with at_rest(model, device=device) as here, explicit(model) as running:
         for part in _parts(watched, memory):
             energy, generator = 0.0, torch.Generator().manual_seed(seed)
-            moments = [_Moments(layer, two_sided, projections, len(calls)) for layer in part]
+            moments = [
+                _Moments(
+                    layer,
+                    parameters.get(f"{layer.name}.bias" if layer.name else "bias"),
+                    two_sided,
+                    projections,
+                    len(calls),
+                )
+                for layer in part
+            ]
             watch = _Watch({id(parameters[each.layer.weight]): each for each in moments})
             for call in calls:
                 watch.mask = token_mask(call, here)
@@ -170,7 +179,7 @@ def output_of(model: nn.Module, call: Call, head: Head | None = None) -> Tensor:
 class _Moments:
     """The sums that become one layer's response."""
 
-    def __init__(self, layer: Layer, two_sided: bool, projections: int, calls: int) -> None:
+    def __init__(self, layer: Layer, bias: Tensor | None, two_sided: bool, projections: int, calls: int) -> None:
         rows, columns = layer.matrix_shape
         self.layer, self.two_sided, self.projections = layer, two_sided, projections
         self.rows_side = rows <= columns
@@ -179,9 +188,9 @@ class _Moments:
         self.forward_sum, self.backward_sum = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
         self.mean = torch.zeros(size[:2], dtype=torch.float64)
         self.positions, self.kept = (torch.zeros(layer.groups, dtype=torch.float64) for _ in range(2))
-        self.reached = self.unreadable = False
-        # Whether the layer's bias is added to its products, and whether one is that a parent makes of it, or of others.
-        self.biased = self.bias_is_made = False
+        self.bias = bias
+        # Whether a parent that reads the weight adds anything but the layer's own bias.
+        self.reached = self.unreadable = self.other_bias = False
 
     def forward(self, product: Product, output: Tensor, groups: slice, n: int, keep: Tensor | None) -> Tensor:
         """Count what a product saw, and return it: (groups, n, s) outputs of the weight, or inputs.
@@ -200,11 +209,7 @@ class _Moments:
         else:
             seen = product.inputs(count).detach()
             seen = seen if keep is None else seen[:, keep]
-        if product.bias is not None and self.layer.kind not in COMPOSITE_KINDS:
-            if isinstance(product.bias, nn.Parameter):
-                self.biased = True
-            else:
-                self.bias_is_made = True
+        self.other_bias |= product.bias is not self.bias
         self.positions[groups] += n
         self.kept[groups] += seen.shape[1]
         if not self.two_sided:
@@ -242,10 +247,11 @@ class _Moments:
         # Of the second moment that errors are measured in, the sum over all positions of an example.
         an_example = self.positions[:, None, None] / kept / examples
         mean = self.mean / self.kept[:, None]
-        if self.bias_is_made:  # who knows what became of a correction
-            mean = torch.zeros_like(mean)
-        elif self.biased:  # the bias makes up for the mean: only what varies is left to the weight
-            self.forward_sum -= kept * mean[:, :, None] * mean[:, None, :]
+        if self.layer.kind not in COMPOSITE_KINDS:
+            if self.other_bias:  # a correction of the layer's bias would be lost
+                mean = torch.zeros_like(mean)
+            elif self.bias is not None:  # it makes up for the mean: only what varies is left to the weight
+                self.forward_sum -= kept * mean[:, :, None] * mean[:, None, :]
         if self.rows_side:
             if not self.two_sided:
                 return Response(name, "rows", None, self.forward_sum / kept, mean)

@@ -9,21 +9,21 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lrconvert.layers.stand_in import linear_operands, product_by_call
+from lrconvert.layers.stand_in import linear_operands
 
 
 @contextmanager
 def calling(model: nn.Module) -> Iterator[None]:
-    """While it lasts, `functional.linear(x, layer.weight, bias)` calls `layer`, wherever in `model` it is computed.
+    """While it lasts, `functional.linear(x, layer.weight, bias)` in the forward of `model` is the output of `layer(x)`.
 
-    Low-rank layers do that at all times, see `lrconvert.layers.stand_in`.
+    Only hooks see a difference. Low-rank layers are called at all times, see `lrconvert.layers.stand_in`.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     mode = _Calling(layers)
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(mode.enter).remove)
-            stack.callback(layer.register_forward_hook(mode.leave).remove)
+            stack.callback(layer.register_forward_hook(mode.leave, always_call=True).remove)
         stack.enter_context(mode)
         yield
 
@@ -54,8 +54,8 @@ class _Calling(TorchFunctionMode):
             x, weight, bias = linear_operands(*args, **kwargs)
             owners = self._owners(weight)
             # A layer that is running takes the product itself; of several that share a weight none is meant.
-            if len(owners) == 1 and owners[0] not in self.running:
-                return product_by_call(owners[0], x, bias)
+            if len(owners) == 1 and not self.running.intersection(owners):
+                return _call(owners[0], x, lambda x: func(x, weight, bias))
         return func(*args, **kwargs)
 
     def _owners(self, weight: torch.Tensor) -> list[nn.Linear]:
@@ -64,3 +64,12 @@ class _Calling(TorchFunctionMode):
             for layer in self.layers:
                 self.owners.setdefault(id(layer._parameters.get("weight")), []).append(layer)
         return self.owners.get(id(weight), [])
+
+
+def _call(layer: nn.Module, x: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """What `layer(x)` returns if it computes `forward`, this once."""
+    layer.forward = forward
+    try:
+        return layer(x)
+    finally:
+        del layer.forward

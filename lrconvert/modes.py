@@ -32,11 +32,14 @@ def on_meta(model: nn.Module) -> Iterator[None]:
         for store in stores:
             for name, tensor in store.items():
                 if tensor is not None:
-                    store[name] = made.setdefault(id(tensor), tensor.detach().to("meta"))  # type: ignore[assignment]
+                    if id(tensor) not in made:
+                        made[id(tensor)] = tensor.detach().to("meta")
+                    store[name] = made[id(tensor)]  # type: ignore[assignment]
         yield
     finally:
         for store, before in zip(stores, kept, strict=True):
-            store |= before
+            store.clear()  # of what the forward registered, too
+            store.update(before)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -53,6 +53,14 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Product:
     return Product(mat2, input, -1, lambda groups: _rows(mat1, groups))
 
 
+def _matmul(input: Tensor, other: Any) -> Product | None:
+    """transformers' FalconLinear: x times the transpose of a weight; the bias is added later."""
+    weight = other._base if isinstance(other, Tensor) and other.dim() == 2 else None
+    if weight is None or (weight.shape, weight.stride()) != (other.mT.shape, other.mT.stride()):
+        return None
+    return Product(weight, None, -1, lambda groups: _rows(input, groups))
+
+
 def _rows(x: Tensor, groups: int) -> Tensor:
     return x.reshape(1, -1, x.shape[-1]).expand(groups, -1, -1)
 
@@ -98,9 +106,12 @@ def _patches(
     return x.flatten(2 + dims).flatten(1, 1 + dims)
 
 
-_READERS: dict[object, Callable[..., Product]] = {
+_READERS: dict[object, Callable[..., Product | None]] = {
     functional.linear: _linear,
     torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
     functional.conv1d: _conv,
     functional.conv2d: _conv,
     functional.conv3d: _conv,

@@ -245,6 +245,22 @@ def test_only_what_varies_counts_where_a_bias_makes_up_for_the_mean():
         assert_close(response.signal[0], weight @ (centred.T @ centred / 500) @ weight.T, 1e-9)
 
 
+def test_a_product_with_a_transposed_view_is_that_of_a_linear_layer():
+    class Written(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    plain = nn.Linear(6, 5)
+    written = Written(6, 5)
+    written.load_state_dict(plain.state_dict())
+    calls = [Call((torch.randn(9, 6),), {}, 9)]
+    (layer,) = layers_of_module(plain)
+    one, two = (calibrate(model, [layer], calls, two_sided=False).responses[""] for model in (plain, written))
+    # The bias that is added later is out of sight: what the other leaves to it, the mean, is the weight's here.
+    assert_close(two.signal.float(), (one.signal + one.mean[:, :, None] * one.mean[:, None, :]).float())
+    assert not two.mean.any()
+
+
 def test_a_weight_that_is_also_used_transposed_has_no_response():
     class Tied(nn.Module):
         def __init__(self):

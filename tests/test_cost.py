@@ -103,6 +103,22 @@ def test_modules_reached_under_two_names_keep_their_parameters():
     assert all(after[name] is kept[name] and torch.equal(after[name], before[name]) for name in before)
 
 
+def test_what_a_forward_registers_is_gone_after_a_trace():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            if not hasattr(self, "cache"):
+                self.register_buffer("cache", torch.ones(4, device=x.device))
+            return self.linear(x) + self.cache
+
+    model = Caching()
+    trace(model, one_input((3, 4)))
+    assert model(torch.randn(2, 4)).isfinite().all()
+
+
 def test_fast_path_setting_is_restored():
     before = torch.backends.mha.get_fastpath_enabled()
     trace(nn.Linear(2, 2), one_input((2,)))

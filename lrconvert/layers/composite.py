@@ -1,9 +1,10 @@
 """The module in the place of one that owns several weights: a recurrent one, or attention."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrconvert.layers.layer import factor_name
 from lrconvert.layers.linear import LinearFactors
@@ -33,14 +34,6 @@ class LowRankComposite(LowRank):
         name = factor_name(parameter)
         return (f"{name}.u.weight", f"{name}.v.weight") if parameter in self.factored else (parameter,)
 
-    def product(self, parameter: str) -> Tensor:
-        """The weight `parameter`, multiplied out if it is factorized: (groups·rows, columns)."""
-        factored = self.factored.get(parameter)
-        if factored is None:
-            weight: Tensor = getattr(self, parameter)
-            return weight
-        factors = getattr(self, factor_name(parameter))
-        if factored.groups == 1:
-            return torch.mm(factors.v.weight, factors.u.weight)
-        left, right = (factor.weight.unflatten(0, (factored.groups, -1)) for factor in (factors.v, factors.u))
-        return torch.bmm(left, right).flatten(0, 1)
+    def factors(self, weight: str) -> Any:
+        """The child with the factors."""
+        return getattr(self, factor_name(weight))

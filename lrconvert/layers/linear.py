@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import skip_init
 
 from lrconvert.layers.lowrank import Factored, LowRankLayer, where
@@ -48,10 +49,14 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Every block applied to its share of `x`."""
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same, with any bias."""
         rows = x.reshape(-1, self.groups, self.weight.shape[1]).transpose(0, 1)
         blocks = self.weight.reshape(self.groups, -1, self.weight.shape[1])
         out = torch.bmm(rows, blocks.mT).transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias
+        return out if bias is None else out + bias.to(out.dtype)  # under autocast it is wider
 
     def extra_repr(self) -> str:
         """Sizes and blocks."""
@@ -79,9 +84,29 @@ class LowRankLinear(LowRankLayer):
         out: Tensor = self.bn(narrow.reshape(-1, narrow.shape[-1])).reshape(narrow.shape)
         return out
 
+    def forward(self, x: Tensor, *bias: Tensor | None) -> Tensor:
+        """What the dense layer would return for `x`, up to the truncation.
+
+        `bias`, if given, is added in the place of its own, for a parent that computes
+        `functional.linear(x, layer.weight, bias)`.
+        """
+        narrow = self.between(self.u(x))
+        out: Tensor
+        if not bias:
+            out = self.v(narrow)
+        elif isinstance(self.v, BlockLinear):
+            out = self.v.product(narrow, *bias)
+        else:
+            out = functional.linear(narrow, self.v.weight, *bias)  # type: ignore[arg-type]
+        return out
+
     def multiplies_by(self, weight: str) -> bool:
         """Whether the weight is stored (out, in)."""
         return self.factored[weight].kind == "linear"
+
+    def recorded(self, weight: str) -> Tensor:
+        """The weight multiplied out, if it is a product: where nothing is made of it, the product is not computed."""
+        return self.product(weight) if self.bn is None and self.multiplies_by(weight) else super().recorded(weight)
 
     @property
     def in_features(self) -> int:

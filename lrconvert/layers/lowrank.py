@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lrconvert.layers.layout import Layout, View, layout_for
 from lrconvert.layers.stand_in import stand_in
@@ -69,6 +70,29 @@ class LowRank(nn.Module):
         """Whether this module computes x·weightᵀ of its input x, and a bias, no more."""
         return False
 
+    def recorded(self, weight: str) -> Tensor:
+        """What torch.compile and torch.fx, which follow tensors only, may have for a factorized weight: no data."""
+        return torch.empty(self.factored[weight].shape, dtype=self.factors(weight).u.weight.dtype, device="meta")
+
+    def factors(self, weight: str) -> Any:
+        """What holds the factors `u` and `v` of a factorized weight."""
+        raise TypeError(f"{type(self).__name__} does not say what holds the factors of {weight}")
+
+    def product(self, parameter: str) -> Tensor:
+        """The weight `parameter` of a linear layer or of stacked ones, multiplied out: (groups·rows, columns).
+
+        One that is not factorized comes back as it is.
+        """
+        factored = self.factored.get(parameter)
+        if factored is None:
+            weight: Tensor = getattr(self, parameter)
+            return weight
+        factors = self.factors(parameter)
+        if factored.groups == 1:
+            return torch.mm(factors.v.weight, factors.u.weight)
+        left, right = (factor.weight.unflatten(0, (factored.groups, -1)) for factor in (factors.v, factors.u))
+        return torch.bmm(left, right).flatten(0, 1)
+
     def dense(self) -> nn.Module:
         """The uninitialised dense module whose place this one took, on its device and in its dtype."""
         own = next(self.parameters())
@@ -90,8 +114,10 @@ class LowRank(nn.Module):
                 raise
         if not isinstance(found, Tensor):
             return found
-        layer = self if self.multiplies_by(name) else None
-        return stand_in(self.factored[name].shape, next(self.parameters()), layer)
+        factor = self.factors(name).u.weight
+        if torch.compiler.is_dynamo_compiling() or isinstance(factor, Proxy):
+            return self.recorded(name)
+        return stand_in(self.factored[name].shape, factor, self if self.multiplies_by(name) else None)
 
 
 class LowRankLayer(LowRank):
@@ -109,6 +135,10 @@ class LowRankLayer(LowRank):
     def __init__(self, dense: nn.Module, wanted: Mapping[str, Factored]) -> None:
         super().__init__(dense, wanted)
         self.bn: nn.Module | None = None
+
+    def factors(self, weight: str) -> Any:
+        """This layer."""
+        return self
 
     @property
     def rank(self) -> int:
@@ -137,8 +167,7 @@ class LowRankLayer(LowRank):
     @property
     def bias(self) -> Tensor | None:
         """The dense layer's bias, kept by `v`."""
-        bias = self.v.bias
-        assert bias is None or isinstance(bias, Tensor)
+        bias: Any = self.v.bias
         return bias
 
     def extra_repr(self) -> str:
