@@ -116,14 +116,7 @@ def calibrate(
         for part in _parts(watched, memory):
             energy, generator = 0.0, torch.Generator().manual_seed(seed)
             moments = [
-                _Moments(
-                    layer,
-                    parameters.get(f"{layer.name}.bias" if layer.name else "bias"),
-                    two_sided,
-                    projections,
-                    len(calls),
-                )
-                for layer in part
+                _Moments(layer, parameters.get(layer.bias_key), two_sided, projections, len(calls)) for layer in part
             ]
             watch = _Watch({id(parameters[each.layer.weight]): each for each in moments})
             for call in calls:

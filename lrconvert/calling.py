@@ -18,7 +18,7 @@ def calling(model: nn.Module) -> Iterator[None]:
 
     Only hooks see a difference. Low-rank layers are called at all times, see `lrconvert.layers.stand_in`.
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and "forward" not in vars(module)]
     mode = _Calling(layers)
     with ExitStack() as stack:
         for layer in layers:

@@ -103,7 +103,7 @@ class LayerPlan(BaseModel):
     @property
     def bias_key(self) -> str:
         """State-dict key of the bias that moves to `v`, whether there is one or not."""
-        return f"{self.name}.bias" if self.name else "bias"
+        return self.layer.bias_key
 
 
 class Target(BaseModel):

@@ -85,7 +85,7 @@ def _approximated(
     parameters: Mapping[str, nn.Parameter], layer: Layer, response: Response, rank: int
 ) -> Iterator[None]:
     """The best weight of `rank` in the place of the layer's, and the bias that goes with it."""
-    weight, bias = parameters[layer.weight], parameters.get(f"{layer.name}.bias")
+    weight, bias = parameters[layer.weight], parameters.get(layer.bias_key)
     kept = [(each, each.data) for each in (weight, bias) if each is not None]
     u, v, shift = response.factors(layer.layout.matrices(weight.data, layer.groups), rank)
     try:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrconvert.layers.layer import factor_name
-from lrconvert.layers.linear import LinearFactors
+from lrconvert.layers.linear import LinearFactors, multiplied_out
 from lrconvert.layers.lowrank import Factored, LowRank, where
 
 
@@ -37,3 +37,10 @@ class LowRankComposite(LowRank):
     def factors(self, weight: str) -> Any:
         """The child with the factors."""
         return getattr(self, factor_name(weight))
+
+    def product(self, parameter: str) -> Tensor:
+        """The weight `parameter`, multiplied out if it is factorized: (groups·rows, columns)."""
+        if parameter in self.factored:
+            return multiplied_out(self.factors(parameter), self.factored[parameter].groups)
+        weight: Tensor = getattr(self, parameter)
+        return weight

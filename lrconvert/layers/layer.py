@@ -70,6 +70,11 @@ class Layer:
         return self.weight.removeprefix(f"{self.owner}.") if self.owner else self.weight
 
     @property
+    def bias_key(self) -> str:
+        """State-dict key of the bias beside the weight of a layer that has no other, whether there is one or not."""
+        return f"{self.name}.bias" if self.name else "bias"
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """(rows, columns) of the matrix view of one group; (out/groups, in/groups · kernel elements) for most kinds."""
         return self.layout.matrix_shape(self.shape, self.groups)

@@ -106,7 +106,9 @@ class LowRankLinear(LowRankLayer):
 
     def recorded(self, weight: str) -> Tensor:
         """The weight multiplied out, if it is a product: where nothing is made of it, the product is not computed."""
-        return self.product(weight) if self.bn is None and self.multiplies_by(weight) else super().recorded(weight)
+        if self.bn is not None or not self.multiplies_by(weight):
+            return super().recorded(weight)
+        return multiplied_out(self, self.factored[weight].groups)
 
     @property
     def in_features(self) -> int:
@@ -135,3 +137,11 @@ class LinearFactors(nn.Module):
         """`v(u(x))`."""
         out: Tensor = self.v(self.u(x))
         return out
+
+
+def multiplied_out(factors: Any, groups: int) -> Tensor:
+    """The product of the factors `u` and `v` of a linear weight, or of `groups` stacked: (groups·rows, columns)."""
+    if groups == 1:
+        return torch.mm(factors.v.weight, factors.u.weight)
+    left, right = (factor.weight.unflatten(0, (groups, -1)) for factor in (factors.v, factors.u))
+    return torch.bmm(left, right).flatten(0, 1)

@@ -78,21 +78,6 @@ class LowRank(nn.Module):
         """What holds the factors `u` and `v` of a factorized weight."""
         raise TypeError(f"{type(self).__name__} does not say what holds the factors of {weight}")
 
-    def product(self, parameter: str) -> Tensor:
-        """The weight `parameter` of a linear layer or of stacked ones, multiplied out: (groups·rows, columns).
-
-        One that is not factorized comes back as it is.
-        """
-        factored = self.factored.get(parameter)
-        if factored is None:
-            weight: Tensor = getattr(self, parameter)
-            return weight
-        factors = self.factors(parameter)
-        if factored.groups == 1:
-            return torch.mm(factors.v.weight, factors.u.weight)
-        left, right = (factor.weight.unflatten(0, (factored.groups, -1)) for factor in (factors.v, factors.u))
-        return torch.bmm(left, right).flatten(0, 1)
-
     def dense(self) -> nn.Module:
         """The uninitialised dense module whose place this one took, on its device and in its dtype."""
         own = next(self.parameters())
