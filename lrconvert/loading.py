@@ -117,11 +117,9 @@ def _build(architecture: Architecture, checkpoint: Checkpoint) -> nn.Module:
     model = architecture.build()
     checkpoint = fitted(checkpoint, model.state_dict())
     model = _fill(fit(model, checkpoint, architecture.name), checkpoint)
-    # Buffers that are computed by the constructor and not saved: only a real constructor makes them, and sometimes
-    # only from real parameters.
-    for build in (architecture.build_without_parameters, lambda: architecture.build("cpu")):
-        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-            model = _fill(fit(build(), checkpoint, architecture.name), checkpoint)
+    # Buffers that are computed by the constructor and not saved: only a real constructor makes them.
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        model = _fill(fit(architecture.build_without_parameters(), checkpoint, architecture.name), checkpoint)
     return model
 
 

@@ -257,6 +257,7 @@ def test_a_product_with_a_transposed_view_is_that_of_a_linear_layer():
     (layer,) = layers_of_module(plain)
     one, two = (calibrate(model, [layer], calls, two_sided=False).responses[""] for model in (plain, written))
     # The bias that is added later is out of sight: what the other leaves to it, the mean, is the weight's here.
+    # In float32, as the networks compute.
     assert_close(two.signal.float(), (one.signal + one.mean[:, :, None] * one.mean[:, None, :]).float())
     assert not two.mean.any()
 

@@ -47,8 +47,8 @@ class StandIn(Tensor):
         """Take the product with the factors, or pass on what reads shape, dtype or device; raise for the rest."""
         kwargs = kwargs or {}
         answer = _known(func, args, kwargs)
-        if answer is not None:
-            return answer()
+        if answer is not NotImplemented:
+            return answer
         given = list(_tensors_in((args, kwargs)))
         here = next((tensor for tensor in given if isinstance(tensor, StandIn)), None)
         if func in _PRODUCTS or any(not isinstance(tensor, StandIn) and not tensor.is_meta for tensor in given):
@@ -85,9 +85,9 @@ class CapturedStandIn:
     ) -> Any:
         """Take the product with the factors, or cast; raise for the rest."""
         answer = _known(func, args, kwargs or {})
-        if answer is None:
+        if answer is NotImplemented:
             raise _refusal(func.__name__)
-        return answer()
+        return answer
 
     def __getattr__(self, name: str) -> Any:
         """What a meta tensor answers, if that has no data, or a cast."""
@@ -117,21 +117,21 @@ def linear_operands(input: Tensor, weight: Any, bias: Tensor | None = None) -> t
     return input, weight, bias
 
 
-def _known(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
-    """What computes `func`, where that can be done with something that stands in."""
+def _known(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What `func` returns, or NotImplemented where something that stands in is not enough to tell."""
     if func is functional.linear:
         x, weight, bias = linear_operands(*args, **kwargs)
         layer = weight.layer if _stands_in(weight) else None
         if layer is None:
-            return None
-        return partial(layer, x) if bias is layer.bias else partial(layer, x, bias)
+            return NotImplemented
+        return layer(x) if bias is layer.bias else layer(x, bias)
     if func in _CASTS and args:
         if _stands_in(args[0]):
-            return partial(_cast, args[0], func, *args[1:], **kwargs)
+            return _cast(args[0], func, *args[1:], **kwargs)
         like = next((each for each in (*args, *kwargs.values()) if _stands_in(each)), None)
         if like is not None:  # "like that weight" means like its factors
-            return partial(args[0].to, like.device, like.dtype)
-    return None
+            return args[0].to(like.device, like.dtype)
+    return NotImplemented
 
 
 def _cast(weight: Any, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -55,13 +55,17 @@ class Architecture:
         return model
 
     def build_without_parameters(self) -> nn.Module:
-        """The model with its buffers computed, and its parameters on the meta device, if the constructor does without.
+        """The model with its buffers computed, and its parameters on the meta device where the constructor allows it.
+
+        Some compute with their parameters, or make buffers of them: those get real ones.
 
         Raises:
             ModelError: the constructor fails.
         """
         with suppress(ModelError), _parameters_on_meta():
-            return self.build("cpu")
+            model = self.build("cpu")
+            if not any(buffer.is_meta for buffer in model.buffers()):
+                return model
         return self.build("cpu")
 
 
