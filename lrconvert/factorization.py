@@ -4,6 +4,7 @@ A layer "a" with `a.weight` and `a.bias` becomes `a.u.weight`, `a.v.weight` and 
 first. How their weights are stored is said in `lrconvert.layers.layout`. Of a module with several weights,
 "a.weight_ih_l0" becomes `a.ih_l0.u.weight` and `a.ih_l0.v.weight`, and biases stay. Where the plan says so, a fresh
 BatchNorm `a.bn` stands between u and v; merging folds its running statistics, v·(s·u(x) + t) = (v·s·u)(x) + v·t.
+Or u is pivoted: `a.u.weight` lacks the columns that `a.u.order` names first, see `lrconvert.layers.pivots`.
 """
 
 from collections.abc import Mapping
@@ -11,38 +12,71 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lrconvert.errors import PlanError
+from lrconvert.errors import PlanError, WeightError
 from lrconvert.layers.norm import EPS, fresh_norm
-from lrconvert.plan import LayerPlan, Plan, check_plan
+from lrconvert.layers.pivots import check_order, pivot, with_pivots
+from lrconvert.plan import LayerPlan, Plan
+from lrconvert.plan_check import check_plan
 from lrconvert.response import Response
 from lrconvert.rewrite import CPU, Layout, Rewrite, moving
 from lrconvert.spectrum import factors_of
 from lrconvert.tensors import TensorRef, shapes_of
 
 
-def factorize_weight(weight: Tensor, layer: LayerPlan) -> tuple[Tensor, Tensor]:
-    """The factors (u, v) of one weight, shaped as the weights of the two layers that replace the dense one.
+def factorize_weight(weight: Tensor, layer: LayerPlan) -> dict[str, Tensor]:
+    """State-dict key to the tensors that take the place of one weight, but for a norm, on its device.
 
     Raises:
         WeightError: the weight is not finite, or the factors overflow its dtype.
     """
     assert layer.rank is not None
-    layout = layer.layer.layout
-    right, left = factors_of(layout.matrices(weight, layer.groups), layer.rank, layer.name, layer.error)
-    u, v = layout.pair(left, right, layer.shape)
-    return u.contiguous(), v.contiguous()
+    matrices = layer.layer.layout.matrices(weight, layer.groups).to(_precision(layer, weight.dtype))
+    right, left = factors_of(matrices, layer.rank, layer.name, layer.error)
+    return _stored(left, right, layer, weight.dtype)
 
 
-def merge_weight(u: Tensor, v: Tensor, layer: LayerPlan, scale: Tensor | None = None) -> Tensor:
+def _precision(layer: LayerPlan, dtype: torch.dtype) -> torch.dtype:
+    """What the factors of `layer` are computed in: 16 bits would round twice those that are pivoted afterwards."""
+    return torch.float32 if layer.pivoted and dtype != torch.float64 else dtype
+
+
+def _norm(layer: LayerPlan, dtype: torch.dtype) -> dict[str, Tensor]:
+    """State-dict key to the tensors of a fresh norm between the factors, if the plan wants one."""
+    if not layer.norm:
+        return {}
+    assert layer.rank is not None
+    state = fresh_norm(layer.groups * layer.rank, dtype)
+    return {layer.key("bn", name): tensor for name, tensor in state.items()}
+
+
+def _stored(left: Tensor, right: Tensor, layer: LayerPlan, dtype: torch.dtype) -> dict[str, Tensor]:
+    """State-dict key to what is stored of two factors (groups, rows, rank) and (groups, rank, columns) in `dtype`."""
+    order = {}
+    if layer.pivoted:
+        left, right, columns = pivot(left, right)
+        order = {layer.key("u", "order"): columns}
+    u, v = (factor.to(dtype).contiguous() for factor in layer.layer.layout.pair(left, right, layer.shape))
+    # Plain factors were looked at in their own dtype when they were made.
+    if layer.pivoted and not bool(torch.isfinite(v).all()):
+        raise WeightError(f"{layer.name}: the factors overflow {dtype}; convert the checkpoint to float32 first")
+    return {layer.key("u"): u, **order, layer.key("v"): v}
+
+
+def merge_weight(
+    u: Tensor, v: Tensor, layer: LayerPlan, order: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """The dense weight v·diag(scale)·u of two factors, multiplied in float64, in the dtype of `u`.
 
     Args:
         u, v: the factors as they are stored.
         layer: how.
+        order: of the columns of a `u` that is pivoted.
         scale: (groups·rank,), of a norm between them; None for ones.
     """
     layout = layer.layer.layout
     left, right = layout.factors(u.double(), v.double(), layer.groups)
+    if order is not None:
+        right = with_pivots(right, order)
     if scale is not None:
         right = right * scale.reshape(layer.groups, -1, 1)
     return layout.weight(left @ right, layer.shape).to(u.dtype).contiguous()
@@ -51,7 +85,12 @@ def merge_weight(u: Tensor, v: Tensor, layer: LayerPlan, scale: Tensor | None = 
 def merged_weight(tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device = CPU) -> Tensor:
     """The dense weight that the factors of `layer`, and the norm between them, stand for in a state dict."""
     u, v = (tensors[layer.key(factor)].read().to(device) for factor in ("u", "v"))
-    return merge_weight(u, v, layer, _scale_and_shift(tensors, layer, device)[0] if layer.norm else None)
+    order = None
+    if layer.pivoted:
+        key = layer.key("u", "order")
+        order = tensors[key].read().to(device)
+        check_order(key, order)
+    return merge_weight(u, v, layer, order, _scale_and_shift(tensors, layer, device)[0] if layer.norm else None)
 
 
 def factorizing(
@@ -124,21 +163,23 @@ def merging(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device =
 
 
 def replacements(layer: LayerPlan, dtype: torch.dtype = torch.float32) -> Layout:
-    """Key to (shape, dtype) of what takes the place of a weight of `dtype`: u, the norm's state if there is one, v."""
+    """Key to (shape, dtype) of what takes the place of a weight of `dtype`: u, what goes with it, v.
+
+    What goes with it are the order of its columns if it is pivoted, and the state of a norm.
+    """
     assert layer.rank is not None
+    order = (layer.groups, layer.layer.matrix_shape[1])
     u, v = layer.layer.layout.factor_shapes(layer.shape, layer.groups, layer.rank)
     norm = fresh_norm(layer.groups * layer.rank, dtype, "meta") if layer.norm else {}
-    between = {layer.key("bn", name): (tuple(tensor.shape), tensor.dtype) for name, tensor in norm.items()}
+    between: Layout = {layer.key("u", "order"): (order, torch.int32)} if layer.pivoted else {}
+    between |= {layer.key("bn", name): (tuple(tensor.shape), tensor.dtype) for name, tensor in norm.items()}
     return {layer.key("u"): (u, dtype), **between, layer.key("v"): (v, dtype)}
 
 
 def _factorizing(source: str, ref: TensorRef, layer: LayerPlan, device: torch.device) -> Rewrite:
     def make() -> dict[str, Tensor]:
-        assert layer.rank is not None
-        u, v = factorize_weight(ref.read().to(device), layer)
-        norm = fresh_norm(layer.groups * layer.rank, ref.dtype) if layer.norm else {}
-        between = {layer.key("bn", name): tensor for name, tensor in norm.items()}
-        return {layer.key("u"): u.cpu(), **between, layer.key("v"): v.cpu()}
+        made = factorize_weight(ref.read().to(device), layer)
+        return {key: tensor.cpu() for key, tensor in made.items()} | _norm(layer, ref.dtype)
 
     return Rewrite(source, replacements(layer, ref.dtype), ref.numel, make)
 
@@ -152,13 +193,9 @@ def _fitting(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, re
 
     def make() -> dict[str, Tensor]:
         assert layer.rank is not None
-        layout = layer.layer.layout
-        right, left, shift = response.factors(layout.matrices(ref.read(), layer.groups), layer.rank)
-        u, v = layout.pair(left, right, layer.shape)
-        made = {layer.key("u"): u.contiguous(), layer.key("v"): v.contiguous()}
-        if layer.norm:
-            norm = fresh_norm(layer.groups * layer.rank, ref.dtype)
-            made |= {layer.key("bn", name): tensor for name, tensor in norm.items()}
+        matrices = layer.layer.layout.matrices(ref.read(), layer.groups)
+        right, left, shift = response.factors(matrices.to(_precision(layer, ref.dtype)), layer.rank)
+        made = _stored(left, right, layer, ref.dtype) | _norm(layer, ref.dtype)
         if bias is not None:
             made[layer.key("v", "bias")] = (bias.read().double() + shift.flatten()).to(bias.dtype)
         return made

@@ -10,6 +10,7 @@ from torch import nn
 from lrconvert.checkpoints import WRITTEN_BY, Checkpoint, Header, fitted, open_checkpoint, write_checkpoint
 from lrconvert.errors import ModelError, UsageError
 from lrconvert.hf.mark import mark
+from lrconvert.layers.pivoted import check_orders
 from lrconvert.layers.survey import tied_names
 from lrconvert.models import Architecture
 from lrconvert.network import Network, architecture_of, fit, not_loaded, own_architecture
@@ -135,6 +136,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
             state |= dict.fromkeys(names, stored)
     with torch.no_grad():
         load_into(model, state, assign=on_meta)
+    check_orders(model)
     if on_meta:
         # Assigning gave every name a parameter of its own: tie them again.
         for names in tied:

@@ -4,7 +4,6 @@ Nothing in this file touches a tensor. A plan is printed, edited, saved, run aga
 lrconvert writes, so that a factorized model can be rebuilt from its file alone.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self, get_args
@@ -12,12 +11,11 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from lrconvert.budget import Budget
-from lrconvert.errors import PlanError, UnknownNameError, UsageError
+from lrconvert.errors import UnknownNameError, UsageError
 from lrconvert.layers import LAYOUTS, Layer, View
 from lrconvert.patterns import check_patterns, first_match, matches
 from lrconvert.ranks import Evidence, Rule, closed_form_xi
 from lrconvert.spectrum import Spectrum
-from lrconvert.views import can_be_spatial, can_norm
 
 Order = Literal["execution", "file"]
 
@@ -41,6 +39,8 @@ class LayerPlan(BaseModel):
         evidence: "module" when a model settled the kind, "shape" when it was read from the file alone.
         norm: whether a BatchNorm stands between the factors, with the key "layer.bn.weight" and so on.
         view: which matrix the weight is seen as, see `lrconvert.layers.Layer`.
+        pivoted: whether the first factor is stored without its pivots, with "layer.u.order" beside it, see
+            `lrconvert.layers.pivots`.
         data_aware: whether the factors are those of least output error (see `lrconvert.response`); `error` is then
             predicted of the outputs.
     """
@@ -58,6 +58,7 @@ class LayerPlan(BaseModel):
     evidence: Literal["module", "shape"] = "module"
     norm: bool = False
     view: View = "channel"
+    pivoted: bool = False
     data_aware: bool = False
 
     @classmethod
@@ -75,6 +76,7 @@ class LayerPlan(BaseModel):
             evidence=layer.evidence,
             norm=layer.norm and rank is not None,
             view=layer.view,
+            pivoted=layer.pivoted and rank is not None,
         )
 
     @property
@@ -89,6 +91,7 @@ class LayerPlan(BaseModel):
             evidence=self.evidence,
             norm=self.norm,
             view=self.view,
+            pivoted=self.pivoted,
         )
 
     @property
@@ -196,6 +199,8 @@ class PlanOptions:
         extra_norm: whether a BatchNorm stands between the factors of linear layers and convolutions.
         view: which matrix a convolution is seen as; "spatial" for those of two dimensions, one group and a kernel
             larger than 1×1, while all others keep the "channel" view.
+        pivoted: whether first factors are stored without their pivots where they can be: in linear layers, attention,
+            and convolutions of kernel 1 in one group.
     """
 
     rule: Rule | Budget
@@ -210,6 +215,7 @@ class PlanOptions:
     include_embeddings: bool = False
     extra_norm: bool = False
     view: View = "channel"
+    pivoted: bool = False
 
     def __post_init__(self) -> None:
         if self.keep_first is not None and self.keep_first < 0:
@@ -220,6 +226,8 @@ class PlanOptions:
             raise UsageError(f"--rank-floor is a share of full rank from 0 to 1, not {self.floor:g}")
         if self.view not in get_args(View):
             raise UnknownNameError("view", self.view, get_args(View))
+        if self.pivoted and self.extra_norm:
+            raise UsageError("--extra-bn is to train with, and pivoted factors are not trained: leave one of them out")
         for pattern, rank in self.layer_ranks:
             if rank < 1:
                 raise UsageError(f"--layer-rank {pattern}={rank}: a rank is 1 or more")
@@ -362,36 +370,3 @@ def _rounded(rank: int, multiple: int, break_even: int) -> int:
     up = -(-rank // multiple) * multiple
     down = rank // multiple * multiple
     return down if rank <= break_even < up and down else up
-
-
-def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise PlanError unless every layer to factorize is in `shapes` (state-dict key to shape) with its shape."""
-    for what in ("name", "weight"):
-        twice = [text for text, number in Counter(getattr(layer, what) for layer in plan.layers).items() if number > 1]
-        if twice:
-            raise PlanError(f"the plan has two entries with the {what} '{twice[0]}'")
-    for layer in plan.low_rank:
-        if layer.weight not in (layer.name, f"{layer.name}.weight" if layer.name else "weight"):
-            raise PlanError(
-                f"the plan's entry '{layer.name}' names the weight '{layer.weight}', which is another layer's"
-            )
-        found = shapes.get(layer.weight)
-        if found is None:
-            raise PlanError(f"the plan factorizes {layer.name}, but the checkpoint has no '{layer.weight}'")
-        if tuple(found) != layer.shape:
-            raise PlanError(f"{layer.weight}: the plan says {layer.shape}, the checkpoint {tuple(found)}")
-        layout = LAYOUTS.get(layer.kind)
-        if layer.view == "spatial" and not (len(layer.shape) == 4 and can_be_spatial(layer.layer)):
-            raise PlanError(f"{layer.name}: the spatial view is one of a conv2d in one group, with a kernel above 1×1")
-        if layout is None:
-            raise PlanError(f"{layer.name}: kind '{layer.kind}' cannot be factorized; known: {', '.join(LAYOUTS)}")
-        if len(layer.shape) != layout.dims or (layer.groups > 1 and not layout.grouped):
-            raise PlanError(
-                f"{layer.name}: a weight of shape {layer.shape} in {layer.groups} group(s) is no {layer.kind}"
-            )
-        if layer.norm and not can_norm(layer.layer):
-            raise PlanError(f"{layer.name}: no BatchNorm fits between the factors of this {layer.kind}; drop its norm")
-        if layout.stacked(layer.shape) % layer.groups:
-            raise PlanError(f"{layer.name}: {layer.shape} does not divide into {layer.groups} groups")
-        if layer.rank is None or layer.rank > layer.layer.full_rank:
-            raise PlanError(f"{layer.name}: rank {layer.rank} is not from 1 to full rank {layer.layer.full_rank}")

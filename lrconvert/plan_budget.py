@@ -57,7 +57,7 @@ def param_prices(layers: Sequence[Layer], num_params: int) -> Prices:
     return Prices(
         num_params,
         {layer.name: layer.num_params for layer in layers},
-        {layer.name: np.arange(layer.full_rank + 1.0) * layer.num_low_rank_params(1) for layer in layers},
+        {layer.name: layer.num_low_rank_params(np.arange(layer.full_rank + 1.0)) for layer in layers},
     )
 
 
@@ -66,10 +66,11 @@ def mac_prices(layers: Sequence[Layer], trace: Trace) -> Prices:
     dense, low_rank = {}, {}
     for layer in layers:
         positions = trace.positions.get(layer.owner, 0)
-        dense[layer.name] = float(layer.macs(positions) or 0)
-        one = layer.macs(positions, 1, trace.halfway.get(layer.owner))
+        dense[layer.name] = float(layer.macs(positions))
+        ranks = np.arange(layer.full_rank + 1.0)
+        macs = layer.low_rank_macs(positions, ranks, trace.halfway.get(layer.owner))
         # What cannot be counted cannot be saved.
-        low_rank[layer.name] = np.array([np.inf if one is None else one * rank for rank in range(layer.full_rank + 1)])
+        low_rank[layer.name] = np.full(len(ranks), np.inf) if macs is None else macs
     return Prices(trace.macs, dense, low_rank)
 
 

@@ -24,7 +24,7 @@ from lrconvert.plan_budget import Prices, mac_prices, param_prices, plan_within
 from lrconvert.ranks import Evidence, closed_form_xi, parse_rule
 from lrconvert.spectrum import Spectrum
 from lrconvert.surgery import plan_of
-from lrconvert.views import in_spatial_view, split, with_norms
+from lrconvert.views import in_spatial_view, split, with_norms, with_pivoted_factors
 
 
 def plan_options(
@@ -42,6 +42,7 @@ def plan_options(
     include_embeddings: bool = False,
     extra_norm: bool = False,
     view: View = "channel",
+    pivoted: bool = False,
 ) -> PlanOptions:
     """Plan options from a rule's text ("energy=0.9"), or a budget beside "auto", and the settings of `PlanOptions`.
 
@@ -63,6 +64,7 @@ def plan_options(
         include_embeddings,
         extra_norm,
         view,
+        pivoted,
     )
 
 
@@ -138,17 +140,21 @@ def candidates_of(network: Network, options: PlanOptions) -> Candidates:
         PlanError: the network is factorized already.
         CheckpointError: layers that the patterns choose are stored quantized.
         PatternError: a pattern matches no layer.
-        UsageError: BatchNorms or the spatial view were asked for in a graph, or a share of MACs that are not known.
+        UsageError: BatchNorms, the spatial view or pivots were asked for in a graph, or a share of MACs that are not
+            known.
     """
     refuse_factorized(network)
     refuse_quantized(network, options.include, options.exclude)
     graph = network.checkpoint is not None and network.checkpoint.graph is not None
-    if graph and (options.extra_norm or options.view != "channel"):
-        raise UsageError(f"{network.name} is a graph: no extra BatchNorm and no spatial view; factorize the model")
+    if graph and (options.extra_norm or options.view != "channel" or options.pivoted):
+        raise UsageError(
+            f"{network.name} is a graph: no extra BatchNorm, no spatial view, no pivoted factors; factorize the model"
+        )
     if isinstance(options.rule, Budget) and options.rule.kind == "mac_ratio":
         _traced(network, options.rule)
     layers = split(network.layers, options.splits)
     layers = in_spatial_view(layers) if options.view == "spatial" else layers
+    layers = with_pivoted_factors(layers) if options.pivoted else layers
     network = replace(network, layers=with_norms(layers) if options.extra_norm else layers)
     reasons = reasons_to_stay_dense(network.layers, options)
     return Candidates(network, options, tuple(layer for layer in network.layers if layer.name not in reasons))

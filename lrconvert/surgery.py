@@ -4,7 +4,7 @@ To factorize a module is to reshape it and load what `factorization` made of its
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def reshape(model: nn.Module, plan: Plan) -> nn.Module:
     wanted: dict[str, dict[str, Factored]] = {}
     for decision in plan.low_rank:
         assert decision.rank is not None
-        factored = Factored(decision.kind, decision.shape, decision.rank, decision.groups, decision.norm, decision.view)
+        factored = Factored(**{field.name: getattr(decision, field.name) for field in fields(Factored)})
         wanted.setdefault(decision.layer.owner, {})[decision.layer.parameter] = factored
     for owner, weights in wanted.items():
         dense = model.get_submodule(owner)

@@ -1,10 +1,11 @@
-"""As which matrices weights are seen: in parts, spatially, and with a norm between the factors."""
+"""As which matrices weights are seen: in parts, spatially, with a norm between the factors, and with pivots in one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from lrconvert.errors import UsageError
-from lrconvert.layers import COMPOSITE_KINDS, LAYOUTS, SPATIAL, Layer
+from lrconvert.layers import COMPOSITE_KINDS, CONV_TYPES, LAYOUTS, SPATIAL, Layer
 from lrconvert.patterns import check_patterns, matches
 
 
@@ -43,6 +44,23 @@ def with_norms(layers: Sequence[Layer]) -> tuple[Layer, ...]:
 def can_norm(layer: Layer) -> bool:
     """Whether a BatchNorm may stand between the factors of `layer`: a linear layer or a convolution."""
     return layer.kind in LAYOUTS and layer.kind not in COMPOSITE_KINDS and layer.kind != "embedding"
+
+
+def with_pivoted_factors(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """`layers`, with the first factor of every one that can be so stored without its pivots."""
+    return tuple(replace(layer, pivoted=can_pivot(layer)) for layer in layers)
+
+
+def can_pivot(layer: Layer) -> bool:
+    """Whether the columns of the matrix view of `layer` are its inputs, of which a first factor may let some through.
+
+    A linear layer, an attention, or a convolution of kernel 1 in one group. Recurrent layers go over their factors in
+    ways of their own.
+    """
+    if layer.view != "channel":
+        return False
+    pointwise = layer.kind in CONV_TYPES and layer.groups == 1 and math.prod(layer.shape[2:]) == 1
+    return pointwise or layer.kind in ("linear", "transposed_linear", "attention")
 
 
 def in_spatial_view(layers: Sequence[Layer]) -> tuple[Layer, ...]:

@@ -13,6 +13,7 @@ from lrconvert.layers import FAMILIES, LAYOUTS
 from lrconvert.layers.recurrent import RECURRENT_TYPES
 from lrconvert.layers.survey import layers_of_module
 from lrconvert.plan import LayerPlan, Plan
+from lrconvert.views import can_pivot
 
 KINDS = sorted(LAYOUTS)
 
@@ -47,7 +48,10 @@ def cancels(module, output):
 
 @st.composite
 def plans(draw, module, full_rank=False, norm=False):
-    """A plan for `ModuleDict({"it": module})`: some or all of its weights, at any rank, perhaps with a norm between."""
+    """A plan for `ModuleDict({"it": module})`: some or all of its weights, at any rank, perhaps with a norm between.
+
+    Factors that can be pivoted are, or are not.
+    """
     layers = [
         layer for layer in layers_of_module(nn.ModuleDict({"it": module})) if layer.guess or not layer.dense_reason
     ]
@@ -59,6 +63,7 @@ def plans(draw, module, full_rank=False, norm=False):
             parts = [parts for parts in (1, 2, 3) if layer.layout.stacked(layer.shape) % parts == 0]
             groups = draw(st.sampled_from(parts))
         layer = replace(layer, groups=groups, norm=norm)
+        layer = replace(layer, pivoted=can_pivot(layer) and draw(st.booleans()))
         rank = layer.full_rank if full_rank else draw(st.integers(1, layer.full_rank))
         decisions.append(LayerPlan.of(layer, rank))
     return Plan(layers=tuple(decisions))

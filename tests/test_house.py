@@ -18,7 +18,7 @@ FLOORS = [
     {"calling", "hardware", "inputs", "layers", "modes", "moments", "outputs", "parallel", "patterns", "tensors"},
     {"spectrum", "stable_rank"},
     {"ranks", "cost", "budget", "fidelity", "products", "response"},
-    {"plan", "plan_budget", "rewrite", "views"},
+    {"plan", "plan_budget", "plan_check", "rewrite", "views"},
     {
         "bench",
         "calibration",

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from lrconvert.checkpoints.plan_file import load_plan, save_plan
 from lrconvert.errors import OutputExistsError, PatternError, PlanError, UsageError
 from lrconvert.layers import Layer
-from lrconvert.plan import LayerPlan, Plan, PlanOptions, check_plan, decide
+from lrconvert.plan import LayerPlan, Plan, PlanOptions, decide
+from lrconvert.plan_check import check_plan
 from lrconvert.ranks import parse_rule
 from lrconvert.spectrum import spectrum_of
 from lrconvert.views import with_norms
@@ -153,7 +154,7 @@ def test_a_norm_counts_when_a_layer_is_to_shrink():
     (decision,) = plan_for([normed], "rank=9", keep_first=0, keep_last=False).low_rank
     assert decision.norm
     assert decision.num_params_after == 9 * 43
-    assert decision.layer.macs(7, 9) == 7 * 9 * 41
+    assert decision.layer.low_rank_macs(7, 9) == 7 * 9 * 41
 
 
 def test_plan_survives_a_file(tmp_path):

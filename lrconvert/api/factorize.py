@@ -22,7 +22,8 @@ from lrconvert.hf.mark import mark
 from lrconvert.inputs import Call, shape_of
 from lrconvert.loading import model_of
 from lrconvert.network import Network, Source, open_network, refuse_quantized
-from lrconvert.plan import Plan, check_plan
+from lrconvert.plan import Plan
+from lrconvert.plan_check import check_plan
 from lrconvert.planning import refuse_factorized
 from lrconvert.report.decisions import layer_decisions, macs_after
 from lrconvert.report.record import FactorizeRecord

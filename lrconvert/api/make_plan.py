@@ -47,6 +47,7 @@ def make_plan(
     include_embeddings: bool = False,
     extra_norm: bool = False,
     view: View = "channel",
+    pivoted: bool = False,
     goal: Goal = "size",
     batch_size: int = 1,
     channels_last: bool = False,
@@ -84,6 +85,9 @@ def make_plan(
             (Cuttlefish section 4.1).
         view: "spatial" factorizes convolutions of two dimensions into one across and one down, as SI&FD does, instead
             of one with the whole kernel and one of kernel 1.
+        pivoted: store the first factors of linear layers, attention and convolutions of kernel 1 without their pivots:
+            the same network in r·(m + n − r) parameters a layer instead of r·(m + n), so that a budget of parameters
+            buys higher ranks; to store and to run, not to train. See `lrconvert.layers.pivots`.
         goal: "speed" leaves layers dense that are not 5 % faster at their rank, spends a budget where it saves most
             error for the time it takes, and refuses a plan that makes the whole model no faster; "both" leaves those
             dense that are slower; "size" asks nothing. All but "size" run the model to measure that on `device`, which
@@ -125,6 +129,7 @@ def make_plan(
         include_embeddings=include_embeddings,
         extra_norm=extra_norm,
         view=view,
+        pivoted=pivoted,
     )
     budget = options.rule if isinstance(options.rule, Budget) else None
     by_time = goal != "size" or (budget is not None and budget.kind == "latency_ratio")

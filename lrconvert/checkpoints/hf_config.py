@@ -24,7 +24,7 @@ CONFIG = "config.json"
 METHOD = "lrconvert"
 _ENTRY = "quantization_config"
 _KEPT = {"kind", "shape", "rank", "groups"}
-_KEPT_WHERE_SET = {"norm", "view"}
+_KEPT_WHERE_SET = {"norm", "view", "pivoted"}
 
 
 def to_config(plan: Plan) -> dict[str, Any]:

@@ -171,6 +171,15 @@ def factorize(
             rich_help_panel=options.LAYERS,
         ),
     ] = None,
+    pivoted: Annotated[
+        bool,
+        typer.Option(
+            "--pivoted",
+            help="Leave out r² numbers that the factors of linear layers and 1×1 convolutions can do without: to store "
+            "and run, not to train.",
+            rich_help_panel=options.LAYERS,
+        ),
+    ] = False,
     rank_multiple: Annotated[
         str | None,
         typer.Option(
@@ -224,6 +233,7 @@ def factorize(
         "include_embeddings": include_embeddings or None,
         "extra_norm": extra_bn or None,
         "view": view,
+        "pivoted": pivoted or None,
         "init": init,
         "allocator": allocator,
         "goal": goal,

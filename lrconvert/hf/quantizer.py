@@ -16,6 +16,7 @@ from lrconvert import __version__
 from lrconvert.checkpoints.header import KEY, Header
 from lrconvert.checkpoints.hf_config import METHOD, from_config, to_config
 from lrconvert.errors import PlanError
+from lrconvert.layers.pivoted import check_orders
 from lrconvert.models.huggingface_keys import renamed
 from lrconvert.plan import Plan
 from lrconvert.surgery import merge_module, plan_of, reshape
@@ -63,6 +64,7 @@ class LrconvertQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_orders(model)
         attach(model, self)
         return model
 
@@ -84,12 +86,12 @@ class LrconvertQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the Trainer may train it: the factors are ordinary parameters."""
-        return True
+        """Whether the Trainer may train it: plain factors are ordinary parameters."""
+        return not any(layer.pivoted for layer in self.quantization_config.plan.layers)
 
     @property
     def is_compileable(self) -> bool:
-        """Whether torch.compile may be used: the layers are ordinary ones."""
+        """Whether torch.compile may be used: it may."""
         return True
 
 

@@ -16,6 +16,7 @@ from lrconvert.layers.recurrent import GATES, RECURRENT_TYPES, LowRankRecurrent
 
 __all__ = [
     "COMPOSITE_KINDS",
+    "CONV_TYPES",
     "FAMILIES",
     "LAYOUTS",
     "SPATIAL",

@@ -16,6 +16,7 @@ from lrconvert.layers.composite import LowRankComposite
 from lrconvert.layers.layer import factor_name
 from lrconvert.layers.linear import LowRankLinear
 from lrconvert.layers.lowrank import Factored, where
+from lrconvert.layers.pivoted import PivotedLinear
 
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -102,9 +103,13 @@ class LowRankAttention(LowRankComposite):
             weights = self.in_proj_weight.chunk(3)
             q, k, v = (functional.linear(*each) for each in zip(inputs, weights, biases, strict=True))
             return q, k, v
-        u, v_weight = self.in_proj.u.weight, self.in_proj.v.weight
-        first = u.chunk(3) if self.factored["in_proj_weight"].groups == 3 else (u, u, u)
-        narrow = (functional.linear(*each) for each in zip(inputs, first, strict=True))
+        u, v_weight = self.in_proj.u, self.in_proj.v.weight
+        own = self.factored["in_proj_weight"].groups == 3
+        if isinstance(u, PivotedLinear):
+            narrow = [u.part(x, part if own else 0) for part, x in enumerate(inputs)]
+        else:
+            first = u.weight.chunk(3) if own else (u.weight,) * 3
+            narrow = [functional.linear(*each) for each in zip(inputs, first, strict=True)]
         q, k, v = (functional.linear(*each) for each in zip(narrow, v_weight.chunk(3), biases, strict=True))
         return q, k, v
 

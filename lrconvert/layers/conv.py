@@ -19,6 +19,7 @@ from torch.nn.utils import skip_init
 
 from lrconvert.layers.lowrank import Factored, LowRankLayer, where
 from lrconvert.layers.norm import norm_between
+from lrconvert.layers.pivoted import PivotedConv
 
 CONV_TYPES: dict[str, type[_ConvNd]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 TRANSPOSED_TYPES: dict[str, type[_ConvTransposeNd]] = {
@@ -40,7 +41,10 @@ class LowRankConv(LowRankLayer):
         conv = CONV_TYPES[wanted["weight"].kind]
         spatial = wanted["weight"].view == "spatial"
         first, second = (_along(dense, 1), _along(dense, 0)) if spatial else (_settings(dense), {"kernel_size": 1})
-        self.u = skip_init(conv, dense.in_channels, width, bias=False, **first, **shared)
+        if wanted["weight"].pivoted:
+            self.u: nn.Module = PivotedConv(dense, width, **where(dense.weight))
+        else:
+            self.u = skip_init(conv, dense.in_channels, width, bias=False, **first, **shared)
         self.bn = norm_between(wanted["weight"], where(dense.weight))
         self.v = skip_init(conv, width, dense.out_channels, bias=dense.bias is not None, **second, **shared)
 

@@ -1,12 +1,18 @@
 """The record of one weight that could be factorized: plain data, no tensors."""
 
+import bisect
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from lrconvert.layers.layout import Layout, View, layout_for
 
+# One rank, or an array of them.
+Ranks = TypeVar("Ranks", int, npt.NDArray[np.float64])
 Evidence = Literal["module", "shape"]
 
 # Kinds whose module owns several weights and is replaced as a whole.
@@ -32,6 +38,7 @@ class Layer:
         norm: whether a BatchNorm stands between the factors when it is factorized.
         view: which matrix the weight is seen as: "channel", (out, in·kh·kw), or for a convolution of two dimensions
             "spatial", (out·kh, in·kw).
+        pivoted: whether the first factor is stored without its pivots, see `lrconvert.layers.pivots`.
     """
 
     name: str
@@ -45,11 +52,12 @@ class Layer:
     tied_head: bool = False
     norm: bool = False
     view: View = "channel"
+    pivoted: bool = False
 
     @property
     def layout(self) -> Layout:
         """How the weight is stored."""
-        return layout_for(self.kind, self.view)
+        return layout_for(self.kind, self.view, self.pivoted)
 
     @property
     def owner(self) -> str:
@@ -92,29 +100,33 @@ class Layer:
     @property
     def break_even_rank(self) -> int:
         """Largest rank whose factors hold fewer elements than the dense weight; 0 when there is none."""
-        rows, columns = self.matrix_shape
-        return max((rows * columns - 1) // (self.num_low_rank_params(1) // self.groups), 0) if rows and columns else 0
+        # The order of columns takes the room of two 16-bit numbers each.
+        order = 2 * self.groups * self.matrix_shape[1] if self.pivoted else 0
+        return bisect.bisect_left(range(1, self.full_rank + 1), self.num_params - order, key=self.num_low_rank_params)
 
-    def num_low_rank_params(self, rank: int) -> int:
-        """Elements of the two factors at `rank` per group, and of the norm between them; without bias."""
-        return self.groups * rank * (sum(self.matrix_shape) + (2 if self.norm else 0))
+    def num_low_rank_params(self, rank: Ranks) -> Ranks:
+        """Elements of the factors at `rank` per group, or at each of several, and of the norm; without bias."""
+        pivots = rank if self.pivoted else 0
+        return self.groups * rank * (sum(self.matrix_shape) - pivots + (2 if self.norm else 0))
 
-    def macs(self, positions: int, rank: int | None = None, halfway: int | None = None) -> int | None:
-        """Multiply-accumulates of the layer, dense or at `rank`; a table is looked up for free.
+    def macs(self, positions: int) -> int:
+        """Multiply-accumulates of the dense layer, at `positions` tokens, pixels or steps; a table is looked up."""
+        return 0 if self.kind == "embedding" else positions * self.num_params
+
+    def low_rank_macs(self, positions: int, rank: Ranks, halfway: int | None = None) -> Ranks | None:
+        """Multiply-accumulates of the two factors.
 
         Args:
             positions: tokens, pixels or time steps that the weight is applied to.
-            rank: per group; None for the dense layer.
+            rank: per group, or several.
             halfway: of a convolution of two dimensions, input rows × output columns: where `u` of the spatial view
                 runs. None, if not known, makes the answer None in that view.
         """
         if self.kind == "embedding":
-            return positions * rank * self.shape[1] if rank else 0
-        if rank is None:
-            return positions * self.num_params
+            return positions * rank * self.shape[1]
         rows, columns = self.matrix_shape
         if self.view == "channel":
-            return positions * self.groups * rank * (rows + columns)
+            return positions * self.groups * rank * (rows + columns - (rank if self.pivoted else 0))
         return None if halfway is None else rank * (halfway * columns + positions * rows)
 
     def factor_path(self, factor: Literal["u", "bn", "v"]) -> str:

@@ -6,7 +6,7 @@ Shapes: a matrix view is (groups, rows, columns). Its factors are a left one (gr
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -22,11 +22,13 @@ class Layout:
     Attributes:
         dims: dimensions of the stored weight; None for any number.
         grouped: whether the weight may consist of several matrices.
+        pivoted: whether `u` is stored without its pivots, see `lrconvert.layers.pivots`.
         pointwise_last: whether `v` is applied to every position alike, so that a constant before it is one after it.
     """
 
     dims: int | None = None
     grouped: bool = True
+    pivoted: bool = False
     pointwise_last: ClassVar[bool] = True
 
     def matrix_shape(self, shape: Shape, groups: int) -> tuple[int, int]:
@@ -47,7 +49,8 @@ class Layout:
 
     def factor_shapes(self, shape: Shape, groups: int, rank: int) -> tuple[Shape, Shape]:
         """Shapes of the stored `u` and `v` at `rank` per group."""
-        return (groups * rank, *shape[1:]), (shape[0], rank, *[1] * (len(shape) - 2))
+        columns = shape[1] - rank if self.pivoted else shape[1]
+        return (groups * rank, columns, *shape[2:]), (shape[0], rank, *[1] * (len(shape) - 2))
 
     def pair(self, left: Tensor, right: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """The stored `u` and `v` of the factors of a weight of `shape`."""
@@ -179,7 +182,8 @@ OTHER = Layout()
 SPATIAL: dict[str, Layout] = {"conv2d": SpatialConv(4, grouped=False)}
 
 
-def layout_for(kind: str, view: View = "channel") -> Layout:
+def layout_for(kind: str, view: View = "channel", pivoted: bool = False) -> Layout:
     """How a weight of `kind` is stored and seen; a kind without a spatial view has the one in `LAYOUTS`."""
     channel = LAYOUTS.get(kind, OTHER)
-    return SPATIAL.get(kind, channel) if view == "spatial" else channel
+    layout = SPATIAL.get(kind, channel) if view == "spatial" else channel
+    return replace(layout, pivoted=True) if pivoted else layout

@@ -15,6 +15,7 @@ from torch.nn.utils import skip_init
 
 from lrconvert.layers.lowrank import Factored, LowRankLayer, where
 from lrconvert.layers.norm import norm_between
+from lrconvert.layers.pivoted import PivotedLinear
 
 
 class BlockLinear(nn.Module):
@@ -126,8 +127,12 @@ class LinearFactors(nn.Module):
 
     def __init__(self, factored: Factored, bias: bool, place: Mapping[str, Any]) -> None:
         super().__init__()
-        (width, into), (out, _) = factored.layout.factor_shapes(factored.shape, factored.groups, factored.rank)
-        self.u = skip_init(nn.Linear, into, width, bias=False, **place)
+        (out, into), groups = factored.layout.matrix_shape(factored.shape, factored.groups), factored.groups
+        out, width = groups * out, groups * factored.rank
+        if factored.pivoted:
+            self.u: nn.Module = PivotedLinear(into, factored.rank, groups, **place)
+        else:
+            self.u = skip_init(nn.Linear, into, width, bias=False, **place)
         if factored.groups == 1:
             self.v = skip_init(nn.Linear, width, out, bias=bias, **place)
         else:
@@ -141,7 +146,8 @@ class LinearFactors(nn.Module):
 
 def multiplied_out(factors: Any, groups: int) -> Tensor:
     """The product of the factors `u` and `v` of a linear weight, or of `groups` stacked: (groups·rows, columns)."""
+    first = factors.u.whole() if isinstance(factors.u, PivotedLinear) else factors.u.weight
     if groups == 1:
-        return torch.mm(factors.v.weight, factors.u.weight)
-    left, right = (factor.weight.unflatten(0, (groups, -1)) for factor in (factors.v, factors.u))
+        return torch.mm(factors.v.weight, first)
+    left, right = (factor.unflatten(0, (groups, -1)) for factor in (factors.v.weight, first))
     return torch.bmm(left, right).flatten(0, 1)

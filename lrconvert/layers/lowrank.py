@@ -24,6 +24,7 @@ class Factored:
         groups: matrices in the weight.
         norm: whether a BatchNorm stands between the factors.
         view: which matrix the weight is seen as.
+        pivoted: whether the first factor is stored without its pivots.
     """
 
     kind: str
@@ -32,11 +33,12 @@ class Factored:
     groups: int = 1
     norm: bool = False
     view: View = "channel"
+    pivoted: bool = False
 
     @property
     def layout(self) -> Layout:
         """How the weight and its factors are stored."""
-        return layout_for(self.kind, self.view)
+        return layout_for(self.kind, self.view, self.pivoted)
 
 
 class LowRank(nn.Module):
@@ -109,8 +111,8 @@ class LowRankLayer(LowRank):
     """`v(u(x))` in the place of a layer with one weight: `u` is applied first, `v` second, and carries the bias.
 
     The children are plain layers of torch.nn, so state-dict keys read `layer.u.weight`, `layer.v.weight` and
-    `layer.v.bias`, and DDP, torch.compile and exporters see nothing unusual. With a norm it is `v(bn(u(x)))`, and
-    `bn`, else None, is a BatchNorm.
+    `layer.v.bias`, and DDP, torch.compile and exporters see nothing unusual, unless `u` is pivoted. With a norm it is
+    `v(bn(u(x)))`, and `bn`, else None, is a BatchNorm.
     """
 
     u: nn.Module

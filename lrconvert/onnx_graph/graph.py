@@ -116,8 +116,10 @@ class Graph:
                 raise PlanError(f"{layer.name}: the plan says {wanted}, the graph {found} (kind, shape, groups)")
             if decision.rank is None or decision.rank > layer.full_rank:
                 raise PlanError(f"{layer.name}: rank {decision.rank} is not from 1 to full rank {layer.full_rank}")
-            if decision.norm or decision.view != "channel":
-                raise PlanError(f"{layer.name}: a graph takes no norm between factors and no view but channel")
+            if decision.norm or decision.view != "channel" or decision.pivoted:
+                raise PlanError(
+                    f"{layer.name}: a graph takes no norm between factors, no view but channel, no pivoted factors"
+                )
         return {decision.name: known[decision.name] for decision in plan.low_rank}
 
     def factorized(self, plan: Plan, device: torch.device = CPU) -> Draft:

@@ -20,7 +20,11 @@ def layer_decisions(plan: Plan, trace: Trace | None = None) -> tuple[LayerDecisi
     rows = []
     for decision in plan.layers:
         layer = decision.layer
-        at, halfway = (trace.positions.get(layer.owner), trace.halfway.get(layer.owner)) if trace else (None, None)
+        before = after = None
+        if trace is not None and (at := trace.positions.get(layer.owner)) is not None:
+            before = after = layer.macs(at)
+            if decision.rank is not None:
+                after = layer.low_rank_macs(at, decision.rank, trace.halfway.get(layer.owner))
         rows.append(
             LayerDecision(
                 name=decision.name,
@@ -33,10 +37,11 @@ def layer_decisions(plan: Plan, trace: Trace | None = None) -> tuple[LayerDecisi
                 error=decision.error,
                 num_params_before=layer.num_params,
                 num_params_after=decision.num_params_after,
-                macs_before=None if at is None else layer.macs(at),
-                macs_after=None if at is None else layer.macs(at, decision.rank, halfway),
+                macs_before=before,
+                macs_after=after,
                 norm=decision.norm,
                 view=decision.view,
+                pivoted=decision.pivoted,
                 data_aware=decision.data_aware,
             )
         )

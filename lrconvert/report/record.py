@@ -100,7 +100,7 @@ class LayerDecision(BaseModel):
     """One row of `factorize`.
 
     Attributes:
-        name, kind, shape, groups, rank, reason, error, norm, view, data_aware: see `lrconvert.plan.LayerPlan`.
+        name, kind, shape, groups, rank, reason, error, norm, view, pivoted, data_aware: see `lrconvert.plan.LayerPlan`.
         full_rank: of the matrix view.
         num_params_before, num_params_after: elements of the weight, and of what replaces it.
         macs_before, macs_after: for one input, where the model was traced.
@@ -122,6 +122,7 @@ class LayerDecision(BaseModel):
     macs_after: int | None
     norm: bool = False
     view: str = "channel"
+    pivoted: bool = False
     data_aware: bool = False
 
 

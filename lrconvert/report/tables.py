@@ -74,6 +74,13 @@ def print_notes(console: Console, notes: Sequence[str]) -> None:
         console.print(f"note: {note}")
 
 
+def print_pivots(console: Console, rows: Sequence[records.LayerDecision]) -> None:
+    """Say how many of `rows` are pivoted, if any."""
+    if pivoted := sum(row.pivoted for row in rows):
+        factors = "1 first factor" if pivoted == 1 else f"{pivoted} first factors"
+        console.print(f"pivoted: {factors}, without r² numbers that their product does not need.", style="dim")
+
+
 def decision_table(rows: Sequence[records.LayerDecision], wide: bool) -> Table:
     """One row a layer: its rank, or that it stays dense."""
     extra = [("kind", "left"), ("params", "right"), ("MACs", "right"), ("why", "left")]

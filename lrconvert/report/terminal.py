@@ -15,6 +15,7 @@ from lrconvert.report.tables import (
     decision_table,
     new_table,
     print_notes,
+    print_pivots,
     print_reasons,
     shape_text,
     target_text,
@@ -103,6 +104,7 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
     console.print(decision_table(rows, wide))
     measure = "of the outputs" if any(row.data_aware for row in rows) else "‖W − VU‖/‖W‖"
     console.print(f"\nsize: elements of both factors / of the weight. error: predicted, {measure}.", style="dim")
+    print_pivots(console, rows)
     if not verbose:
         print_reasons(console, "Kept dense", Counter(row.reason for row in record.layers if row.rank is None))
     console.print()
@@ -203,6 +205,7 @@ def _info(record: records.InfoRecord, console: Console, wide: bool, verbose: boo
         return
     console.print(f"rule {record.rule}" if record.rule else "ranks read from a live model")
     console.print(decision_table(record.low_rank, wide))
+    print_pivots(console, record.low_rank)
     print_reasons(console, "Kept dense", Counter(record.dense))
     console.print()
     console.print(before_and_after([("parameters", record.num_params_dense, record.num_params, "")]))

@@ -7,6 +7,7 @@ from torch import nn
 
 from lrconvert.checkpoints import open_checkpoint
 from lrconvert.errors import LrconvertError, ModelError
+from lrconvert.layers.pivoted import refuse_to_train
 from lrconvert.loading import load
 from lrconvert.models import find_architecture
 from lrconvert.modes import evaluating
@@ -54,9 +55,12 @@ def model_of(recipe: Recipe) -> nn.Module:
 
     Raises:
         ModelError: it cannot be built, or does not match the checkpoint.
+        UsageError: factors of it are pivoted.
     """
     if recipe.checkpoint is not None:
-        return load(recipe.checkpoint, recipe.model, model_args=recipe.model_args or None).train()
+        model = load(recipe.checkpoint, recipe.model, model_args=recipe.model_args or None).train()
+        refuse_to_train(model)
+        return model
     assert recipe.model is not None
     torch.manual_seed(recipe.seed)
     return find_architecture(recipe.model, recipe.model_args).build("cpu").train()

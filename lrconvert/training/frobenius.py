@@ -13,6 +13,7 @@ from torch import nn
 
 from lrconvert.errors import UsageError
 from lrconvert.layers import Factored, low_rank_modules
+from lrconvert.layers.pivoted import refuse_to_train
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ class FrobeniusDecay:
         coefficient: λ; the papers take the weight decay of the other layers.
 
     Raises:
-        UsageError: the coefficient is negative, or a BatchNorm stands between factors, whose product is then no weight.
+        UsageError: the coefficient is negative, factors are pivoted, or a BatchNorm stands between factors, whose
+            product is then no weight.
     """
 
     def __init__(self, model: nn.Module, coefficient: float) -> None:
         if not coefficient >= 0:
             raise UsageError(f"the coefficient of Frobenius decay must be 0 or more, not {coefficient:g}")
+        refuse_to_train(model)
         self.coefficient = coefficient
         self._pairs = tuple(_pairs(model))
         if any(pair.factored.norm for pair in self._pairs):

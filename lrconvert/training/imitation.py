@@ -18,6 +18,7 @@ from lrconvert.fidelity import distance
 from lrconvert.heads import Head
 from lrconvert.inputs import Call
 from lrconvert.layers import low_rank_modules
+from lrconvert.layers.pivoted import refuse_to_train
 from lrconvert.modes import at_rest
 from lrconvert.training.matching import Watched, blocks_of, check_alike, relative_error
 from lrconvert.training.pace import ByClock, BySteps, Pace, rate
@@ -93,8 +94,8 @@ def imitate(
         progress: from what is done and its number of units, a function to call after each.
 
     Raises:
-        UsageError: there is nothing to train, there are too few calls, a number is out of range, or the deadline comes
-            before the first step.
+        UsageError: there is nothing to train, factors are pivoted, there are too few calls, a number is out of range,
+            or the deadline comes before the first step.
         ModelError: the teacher does not compute tensors like those of `small`.
         LrconvertError: the loss is no number any more; `small` then has its best weights so far.
     """
@@ -117,7 +118,12 @@ def imitate(
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The factors of `model` and the biases of their modules, by name."""
+    """The factors of `model` and the biases of their modules, by name.
+
+    Raises:
+        UsageError: factors are pivoted.
+    """
+    refuse_to_train(model)
     found: dict[str, nn.Parameter] = {}
     for path, module in low_rank_modules(model):
         factors = {name for weight in module.factored for name in module.counterparts(weight)}

@@ -26,12 +26,13 @@ def _quiet():
     transformers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(scope="module", params=networks.NETWORKS)
+@pytest.fixture(scope="module", params=[*networks.NETWORKS, "bert pivoted", "gpt2 pivoted"])
 def folder(request, tmp_path_factory):
     """A folder with a dense model and a factorized one."""
-    folder = tmp_path_factory.mktemp(request.param)
-    networks.build(request.param).save_pretrained(folder / "dense")
-    lrconvert.factorize(folder / "dense", "rank_ratio=0.25", output=folder / "small")
+    name, _, pivoted = request.param.partition(" ")
+    folder = tmp_path_factory.mktemp(name)
+    networks.build(name).save_pretrained(folder / "dense")
+    lrconvert.factorize(folder / "dense", "rank_ratio=0.25", output=folder / "small", pivoted=bool(pivoted))
     return folder
 
 

@@ -97,7 +97,7 @@ def test_the_error_is_that_of_the_best_approximation_of_this_matrix():
     matrix = torch.stack([torch.cat([weight[o, :, row] for row in [h]], 1) for o in range(7) for h in range(3)])
     matrix = matrix.reshape(21, 10)
     tail = torch.linalg.svdvals(matrix)[4:].norm()
-    u, v = factorize_weight(weight, decision_for(conv, 4))
+    u, v = factorize_weight(weight, decision_for(conv, 4)).values()
     product = torch.einsum("orh,riw->oihw", v[..., 0], u[:, :, 0])
     assert float((product - weight).norm()) == pytest.approx(float(tail), rel=1e-9)
 
@@ -112,13 +112,13 @@ def test_macs_are_predicted_as_they_are_counted(stride, batch):
     found = trace(model, one_input((8, 10, 9)))
     rows, columns = (-(-10 // conv.stride[0]), -(-9 // conv.stride[1]))
     assert found.halfway == {"it": batch * 10 * columns}
-    predicted = decision.layer.macs(found.positions["it"], 5, found.halfway["it"])
+    predicted = decision.layer.low_rank_macs(found.positions["it"], 5, found.halfway["it"])
     assert predicted == batch * (10 * columns * 5 * 8 * 3 + rows * columns * 12 * 5 * 3)
     del model.forward
     small = factorize_module(model, Plan(layers=(decision,)))
     small.forward = lambda x: small["it"](x.expand(batch, -1, -1, -1))
     assert trace(small, one_input((8, 10, 9))).macs == predicted
-    assert decision.layer.macs(found.positions["it"], 5) is None
+    assert decision.layer.low_rank_macs(found.positions["it"], 5) is None
 
 
 def test_which_layers_are_seen_spatially():

@@ -28,18 +28,26 @@ DENSE = {
     "whisper": {"embedding": 1, "shared": 1, "WhisperPositionalEmbedding": 1},
     "clip": {"embedding": 3},
 }
+# Those that are factorized once more, with pivots.
+PIVOTED = ("gpt2", "llama", "t5")
 
 
-@pytest.fixture(scope="module", params=networks.NETWORKS)
+@pytest.fixture(scope="module", params=[*networks.NETWORKS, *(f"{name} pivoted" for name in PIVOTED)])
 def network(request, tmp_path_factory):
     """(name, folder with dense, small and merged, record) at rank ratio 1/4 in every layer that can be."""
-    folder = tmp_path_factory.mktemp(request.param)
-    networks.build(request.param).save_pretrained(folder / "dense")
+    name, _, pivoted = request.param.partition(" ")
+    folder = tmp_path_factory.mktemp(name)
+    networks.build(name).save_pretrained(folder / "dense")
     record = lrconvert.factorize(
-        folder / "dense", "rank_ratio=0.25", output=folder / "small", keep_first=0, keep_last=False
+        folder / "dense",
+        "rank_ratio=0.25",
+        output=folder / "small",
+        keep_first=0,
+        keep_last=False,
+        pivoted=bool(pivoted),
     )
     lrconvert.export(folder / "small", folder / "merged", "dense")
-    return request.param, folder, record
+    return name, folder, record
 
 
 def run(model, folder, batch=2):

@@ -28,6 +28,8 @@ NETWORKS = {
     "mixer_s32_224": (96, {"img_size": 96}),
     "resmlp_12_224": (64, {"img_size": 64}),
 }
+# Those that are factorized once more, with pivots.
+PIVOTED = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "efficientnet_b0", "mixer_s32_224")
 
 
 def dense_model(name, args):
@@ -41,21 +43,23 @@ def dense_model(name, args):
     return model
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=[*NETWORKS, *(f"{name} pivoted" for name in PIVOTED)])
 def network(request, tmp_path_factory):
     """(input size, folder, record) at rank ratio 1/4 in every layer that can be; dense, small and merged files."""
-    size, args = NETWORKS[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
+    name, _, pivoted = request.param.partition(" ")
+    size, args = NETWORKS[name]
+    folder = tmp_path_factory.mktemp(name)
     torch.manual_seed(0)
-    torch.save(dense_model(request.param, args).state_dict(), folder / "dense.pt")
+    torch.save(dense_model(name, args).state_dict(), folder / "dense.pt")
     record = lrconvert.factorize(
         folder / "dense.pt",
         "rank_ratio=0.25",
         output=folder / "small.safetensors",
-        model=f"timm/{request.param}",
+        model=f"timm/{name}",
         model_args=args,
         keep_first=0,
         keep_last=False,
+        pivoted=bool(pivoted),
     )
     lrconvert.export(folder / "small.safetensors", folder / "merged.safetensors", "dense")
     return size, folder, record

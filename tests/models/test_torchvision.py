@@ -22,6 +22,8 @@ NETWORKS = {
     "swin_t": (64, {}),
     "swin_v2_t": (64, {}),
 }
+# Those that are factorized once more, with pivots.
+PIVOTED = ("resnet50", "convnext_tiny", "vit_b_16", "swin_t")
 
 
 def dense_model(name):
@@ -34,10 +36,10 @@ def dense_model(name):
     return model
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=[*NETWORKS, *(f"{name} pivoted" for name in PIVOTED)])
 def network(request, tmp_path_factory):
     """(name, factorized file, merged file) at rank ratio 1/4 in every layer that can be."""
-    name = request.param
+    name, _, pivoted = request.param.partition(" ")
     folder = tmp_path_factory.mktemp(name)
     torch.manual_seed(0)
     torch.save(dense_model(name).state_dict(), folder / "dense.pt")
@@ -49,6 +51,7 @@ def network(request, tmp_path_factory):
         model_args=NETWORKS[name][1],
         keep_first=0,
         keep_last=False,
+        pivoted=bool(pivoted),
         exclude=["classifier.[03]"] if name == "vgg16_bn" else [],  # large, and like any other linear layer
     )
     lrconvert.export(folder / "small.safetensors", folder / "merged.safetensors", "dense")

@@ -373,14 +373,19 @@ def test_a_plan_for_another_graph_is_refused(tmp_path):
     normed = plan.model_copy(update={"layers": tuple(each.model_copy(update={"norm": True}) for each in plan.layers)})
     with pytest.raises(lrconvert.LrconvertError, match="b: a graph takes no norm between factors"):
         lrconvert.factorize(path, normed, output=tmp_path / "c.onnx")
+    pivoted = plan.model_copy(
+        update={"layers": tuple(each.model_copy(update={"pivoted": True}) for each in plan.layers)}
+    )
+    with pytest.raises(lrconvert.LrconvertError, match="no pivoted factors"):
+        lrconvert.factorize(path, pivoted, output=tmp_path / "c.onnx")
 
 
 def test_what_makes_no_sense_for_a_graph_is_refused_in_one_line(tmp_path, cli):
     path = chain(tmp_path / "a.onnx", {"a": random(16, 20), "b": random(20, 12)})
     assert "end the output in .onnx" in cli.fails(2, "factorize", path, "-o", tmp_path / "b.safetensors", "--auto")
-    for option in (["--extra-bn"], ["--view", "spatial"]):
+    for option in (["--extra-bn"], ["--view", "spatial"], ["--pivoted"]):
         line = cli.fails(2, "factorize", path, "-o", tmp_path / "b.onnx", "--auto", *option)
-        assert "no extra BatchNorm and no spatial view" in line
+        assert "no extra BatchNorm, no spatial view, no pivoted factors" in line
     assert "needs no model" in cli.fails(2, "analyze", path, "--model", "torchvision/resnet18")
     assert "a graph already" in cli.fails(2, "export", path, "-o", tmp_path / "c.pt2", "-f", "pt2")
     assert "is dense already" in cli.fails(2, "export", path, "-o", tmp_path / "c.onnx", "-f", "dense")

@@ -60,6 +60,8 @@ class LowRankSchedule(ABC):
         self.notes: list[str] = []
         self._input_shape = input_shape
         self._options = plan_options(rule, **settings)
+        if self._options.pivoted:
+            raise UsageError("pivoted factors are a form to store and to run a network in: train it with plain ones")
 
     @abstractmethod
     def _start(self) -> None:
