@@ -1,7 +1,7 @@
 """A sentence encoder made smaller without training: how well the similarities of sentences keep their order.
 
     python benchmarks/sentence_embeddings.py --model FOLDER --texts FILE [--seeds 3] [--kept 0.8,0.6,0.4]
-        [--distill-minutes 5 --distill-kept 0.6,0.4] [--projections N] [--json FILE]
+        [--methods NAME …] [--pivoted] [--distill-minutes 5 --distill-kept 0.6,0.4] [--projections N] [--json FILE]
 
 FOLDER is a Hugging Face folder (all-MiniLM-L6-v2), FILE has one text a line. For each seed 256 texts to calibrate on,
 512 to test on and 4,000 to distil on are drawn, all different. Kept: of the parameters of the encoder's weights.
@@ -10,9 +10,11 @@ Figure: rank correlation (Spearman) of the cosine similarities of all pairs of t
 
 import argparse
 import copy
+import functools
 import random
 import statistics
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,18 @@ from lrconvert.samples import Call, read_samples
 
 CALIBRATION, TEST, UNLABELLED = 256, 512, 4000
 ENCODER = ("*encoder.layer.*",)
+# Name to (what is calibrated, allocator, whether layers are then fitted in turn).
+METHODS = {
+    "weights, uniform": (None, "uniform", False),
+    "weights, absolute_error": (None, "absolute_error", False),
+    "weights, stable_rank": (None, "stable_rank", False),
+    "inputs, uniform": ("inputs", "uniform", False),
+    "inputs and gradients, uniform": ("both", "uniform", False),
+    "inputs and gradients, output_error": ("both", "output_error", False),
+    "inputs and gradients, sensitivity": ("measured", "sensitivity", False),
+    "inputs and gradients, output_error, sequential": ("both", "output_error", True),
+    "inputs and gradients, sensitivity, sequential": ("measured", "sensitivity", True),
+}
 
 
 def main() -> None:
@@ -35,6 +49,8 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kept", default="0.8,0.6,0.4", help="without training; '' for none")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME")
+    parser.add_argument("--pivoted", action="store_true", help="pivoted factors, instead of plain ones")
     parser.add_argument("--distill-kept", default="0.6,0.4")
     parser.add_argument("--distill-minutes", type=float, default=0.0, help="0: no distillation")
     parser.add_argument("--projections", type=int, help="of the output, a backward pass each; the default if left out")
@@ -45,7 +61,9 @@ def main() -> None:
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
             run = Run(options.model, options.texts, seed, Path(folder))
-            for name, share, figure in run.without_training(kept, options.projections):
+            for name, share, figure in run.without_training(
+                kept, options.methods, options.pivoted, options.projections
+            ):
                 figures.setdefault(name, {}).setdefault(share, []).append(figure)
                 print(f"seed {seed}  {name:46} {share:g}  {figure:.4f}", flush=True)
             if options.distill_minutes:
@@ -63,6 +81,7 @@ def main() -> None:
         "model": Path(options.model).name,
         "texts": options.texts.name,
         "seeds": options.seeds,
+        "pivoted": options.pivoted,
         "projections": options.projections,
         "figures": figures,
     }
@@ -111,23 +130,21 @@ class Run:
         """Rank correlation with the dense model."""
         return float(np.corrcoef(ranks(similarities(model, self.test)), ranks(self.wanted))[0, 1])
 
-    def without_training(self, shares: list[float], projections: int | None) -> Any:
+    def without_training(
+        self, shares: list[float], methods: Iterable[str], pivoted: bool, projections: int | None
+    ) -> Any:
         """(method, kept, figure) of every method."""
-        one_sided, two_sided = self.calibrated(two_sided=False), self.calibrated(measure=True, projections=projections)
-        methods: dict[str, tuple[Any, str, bool]] = {
-            "weights, uniform": (None, "uniform", False),
-            "weights, absolute_error": (None, "absolute_error", False),
-            "weights, stable_rank": (None, "stable_rank", False),
-            "inputs, uniform": (one_sided, "uniform", False),
-            "inputs and gradients, uniform": (two_sided, "uniform", False),
-            "inputs and gradients, output_error": (two_sided, "output_error", False),
-            "inputs and gradients, sensitivity": (two_sided, "sensitivity", False),
-            "inputs and gradients, output_error, sequential": (two_sided, "output_error", True),
-            "inputs and gradients, sensitivity, sequential": (two_sided, "sensitivity", True),
+        settings: dict[str, dict[str, Any]] = {
+            "inputs": {"two_sided": False},
+            "both": {"projections": projections},
+            "measured": {"projections": projections, "measure": True},
         }
-        for name, (calibration, allocator, sequential) in methods.items():
+        calibrated = functools.cache(lambda what: self.calibrated(**settings[what]))
+        for name in methods:
+            what, allocator, sequential = METHODS[name]
+            calibration = calibrated(what) if what else None
             for kept in shares:
-                plan = self.plan(kept, calibration=calibration, allocator=allocator)
+                plan = self.plan(kept, calibration=calibration, allocator=allocator, pivoted=pivoted)
                 dense = copy.deepcopy(self.dense)
                 small = lrconvert.factorize(dense, plan, calibration=calibration, sequential=sequential)
                 yield name, kept, self.figure(small)
