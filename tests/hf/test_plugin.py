@@ -27,13 +27,13 @@ def _quiet():
 
 
 @pytest.fixture(scope="module", params=[*networks.NETWORKS, "bert pivoted", "gpt2 pivoted"])
-def folder(request, tmp_path_factory):
+def folder(request, short_lived_folder):
     """A folder with a dense model and a factorized one."""
     name, _, pivoted = request.param.partition(" ")
-    folder = tmp_path_factory.mktemp(name)
-    networks.build(name).save_pretrained(folder / "dense")
-    lrconvert.factorize(folder / "dense", "rank_ratio=0.25", output=folder / "small", pivoted=bool(pivoted))
-    return folder
+    with short_lived_folder() as folder:
+        networks.build(name).save_pretrained(folder / "dense")
+        lrconvert.factorize(folder / "dense", "rank_ratio=0.25", output=folder / "small", pivoted=bool(pivoted))
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -33,21 +33,21 @@ PIVOTED = ("gpt2", "llama", "t5")
 
 
 @pytest.fixture(scope="module", params=[*networks.NETWORKS, *(f"{name} pivoted" for name in PIVOTED)])
-def network(request, tmp_path_factory):
+def network(request, short_lived_folder):
     """(name, folder with dense, small and merged, record) at rank ratio 1/4 in every layer that can be."""
     name, _, pivoted = request.param.partition(" ")
-    folder = tmp_path_factory.mktemp(name)
-    networks.build(name).save_pretrained(folder / "dense")
-    record = lrconvert.factorize(
-        folder / "dense",
-        "rank_ratio=0.25",
-        output=folder / "small",
-        keep_first=0,
-        keep_last=False,
-        pivoted=bool(pivoted),
-    )
-    lrconvert.export(folder / "small", folder / "merged", "dense")
-    return name, folder, record
+    with short_lived_folder() as folder:
+        networks.build(name).save_pretrained(folder / "dense")
+        record = lrconvert.factorize(
+            folder / "dense",
+            "rank_ratio=0.25",
+            output=folder / "small",
+            keep_first=0,
+            keep_last=False,
+            pivoted=bool(pivoted),
+        )
+        lrconvert.export(folder / "small", folder / "merged", "dense")
+        yield name, folder, record
 
 
 def run(model, folder, batch=2):

@@ -44,25 +44,25 @@ def dense_model(name, args):
 
 
 @pytest.fixture(scope="module", params=[*NETWORKS, *(f"{name} pivoted" for name in PIVOTED)])
-def network(request, tmp_path_factory):
+def network(request, short_lived_folder):
     """(input size, folder, record) at rank ratio 1/4 in every layer that can be; dense, small and merged files."""
     name, _, pivoted = request.param.partition(" ")
     size, args = NETWORKS[name]
-    folder = tmp_path_factory.mktemp(name)
-    torch.manual_seed(0)
-    torch.save(dense_model(name, args).state_dict(), folder / "dense.pt")
-    record = lrconvert.factorize(
-        folder / "dense.pt",
-        "rank_ratio=0.25",
-        output=folder / "small.safetensors",
-        model=f"timm/{name}",
-        model_args=args,
-        keep_first=0,
-        keep_last=False,
-        pivoted=bool(pivoted),
-    )
-    lrconvert.export(folder / "small.safetensors", folder / "merged.safetensors", "dense")
-    return size, folder, record
+    with short_lived_folder() as folder:
+        torch.manual_seed(0)
+        torch.save(dense_model(name, args).state_dict(), folder / "dense.pt")
+        record = lrconvert.factorize(
+            folder / "dense.pt",
+            "rank_ratio=0.25",
+            output=folder / "small.safetensors",
+            model=f"timm/{name}",
+            model_args=args,
+            keep_first=0,
+            keep_last=False,
+            pivoted=bool(pivoted),
+        )
+        lrconvert.export(folder / "small.safetensors", folder / "merged.safetensors", "dense")
+        yield size, folder, record
 
 
 def test_equal_to_the_merged_network(network):

@@ -37,25 +37,25 @@ def dense_model(name):
 
 
 @pytest.fixture(scope="module", params=[*NETWORKS, *(f"{name} pivoted" for name in PIVOTED)])
-def network(request, tmp_path_factory):
+def network(request, short_lived_folder):
     """(name, factorized file, merged file) at rank ratio 1/4 in every layer that can be."""
     name, _, pivoted = request.param.partition(" ")
-    folder = tmp_path_factory.mktemp(name)
-    torch.manual_seed(0)
-    torch.save(dense_model(name).state_dict(), folder / "dense.pt")
-    record = lrconvert.factorize(
-        folder / "dense.pt",
-        "rank_ratio=0.25",
-        output=folder / "small.safetensors",
-        model=f"torchvision/{name}",
-        model_args=NETWORKS[name][1],
-        keep_first=0,
-        keep_last=False,
-        pivoted=bool(pivoted),
-        exclude=["classifier.[03]"] if name == "vgg16_bn" else [],  # large, and like any other linear layer
-    )
-    lrconvert.export(folder / "small.safetensors", folder / "merged.safetensors", "dense")
-    return name, folder, record
+    with short_lived_folder() as folder:
+        torch.manual_seed(0)
+        torch.save(dense_model(name).state_dict(), folder / "dense.pt")
+        record = lrconvert.factorize(
+            folder / "dense.pt",
+            "rank_ratio=0.25",
+            output=folder / "small.safetensors",
+            model=f"torchvision/{name}",
+            model_args=NETWORKS[name][1],
+            keep_first=0,
+            keep_last=False,
+            pivoted=bool(pivoted),
+            exclude=["classifier.[03]"] if name == "vgg16_bn" else [],  # large, and like any other linear layer
+        )
+        lrconvert.export(folder / "small.safetensors", folder / "merged.safetensors", "dense")
+        yield name, folder, record
 
 
 def test_equal_to_the_merged_network(network):
