@@ -10,15 +10,18 @@ down, with the vertical half. As `u` works on every row alone, and has no bias, 
 after it, in any padding mode.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import skip_init
 
 from lrconvert.layers.lowrank import Factored, LowRankLayer, where
 from lrconvert.layers.norm import norm_between
+from lrconvert.layers.parts import Numbers, run_in_parts
 from lrconvert.layers.pivoted import PivotedConv
 
 CONV_TYPES: dict[str, type[_ConvNd]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -47,6 +50,19 @@ class LowRankConv(LowRankLayer):
             self.u = skip_init(conv, dense.in_channels, width, bias=False, **first, **shared)
         self.bn = norm_between(wanted["weight"], where(dense.weight))
         self.v = skip_init(conv, width, dense.out_channels, bias=dense.bias is not None, **second, **shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the dense layer would return for `x`, up to the truncation."""
+        batched = isinstance(x, Tensor) and x.dim() == len(self.factored["weight"].shape)
+        if not batched or (self.bn is not None and self.bn.training):
+            return super().forward(x)
+        return run_in_parts(super().forward, x, self._numbers)
+
+    def _numbers(self, sample: torch.Size) -> Numbers:
+        """For a `sample` (channels, *size), but for what padding adds or its absence takes."""
+        factored, positions = self.factored["weight"], math.prod(sample[1:])
+        first, both = (math.prod(stride) for stride in (cast(nn.Conv2d, self.u).stride, self.stride))
+        return Numbers(factored.groups * factored.rank * positions // first, factored.shape[0] * positions // both)
 
 
 class LowRankConvTranspose(LowRankLayer):

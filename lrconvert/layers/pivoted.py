@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from lrconvert.errors import UsageError
+from lrconvert.layers.eager import runs_eagerly
 from lrconvert.layers.pivots import check_order, with_pivots
 
 # Rows that are sorted at a time: so many stay in the cache until they are multiplied.
@@ -90,7 +90,7 @@ class PivotedConv(Pivoted):
     def forward(self, x: Tensor) -> Tensor:
         """What it lets through and adds, at the positions that the stride leaves."""
         dims, columns = len(self.stride), self.into
-        eager = _runs_eagerly(x)
+        eager = runs_eagerly(x)
         if eager and x.shape[-1 - dims] != columns:
             raise RuntimeError(f"expected {columns} input channels, got {x.shape[-1 - dims]}")
         together = eager and dims == 2 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
@@ -114,7 +114,7 @@ class PivotedConv(Pivoted):
 
 def _first(x: Tensor, order: Tensor, weight: Tensor, rank: int) -> Tensor:
     """What a first factor without its pivots, `weight` (rank, in − rank), makes of `x`: (…, in) to (…, rank)."""
-    if not _runs_eagerly(x):
+    if not runs_eagerly(x):
         return _let_through(x, order, weight, rank)
     if x.shape[-1] != len(order):
         raise RuntimeError(f"expected {len(order)} input features, got {x.shape[-1]}")
@@ -131,13 +131,6 @@ def _let_through(x: Tensor, order: Tensor, weight: Tensor, rank: int) -> Tensor:
     """The pivots of `x`, and the product of the rest with `weight`."""
     x = x.index_select(-1, order)
     return functional.linear(x[..., rank:], weight) + x[..., :rank]
-
-
-def _runs_eagerly(x: Tensor) -> bool:
-    """Whether nobody records what is done with `x`: a graph is to hold the pivots of no weight."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    transformed = torch._C._are_functorch_transforms_active()
-    return not recorded and not transformed and not isinstance(x, Proxy)
 
 
 def _multiplies_pivots(x: Tensor, rows: int, rank: int, columns: int) -> bool:
