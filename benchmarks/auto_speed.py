@@ -1,10 +1,10 @@
 """How much faster a network runs once it is factorized for speed: torchvision models, dense and low rank, in turns.
 
-    python benchmarks/auto_speed.py [--json FILE] [--rounds 9] [--models vgg16_bn …] [--batches 1 16]
+    python benchmarks/auto_speed.py [--json FILE] [--rounds 9] [--models vgg16_bn …] [--batches 1 16] [--contiguous]
 
 Two plans for each model and batch: `--auto --for speed`, and half of the MACs, `--mac-ratio 0.5 --for speed`. They are
-made for the device, input size and batch that are measured then. Dense and low rank are in one process, channels_last,
-float32, and take turns.
+made for the device, input size and batch that are measured then. Dense and low rank are in one process, float32, both
+channels_last or, with --contiguous, both as they are built, and take turns.
 
 The weights are random, but ranks depend on spectra, and those of random weights are flat: the i-th singular value of
 every weight is therefore made proportional to i^-½. Those of trained networks fall off as fast or faster. Accuracy is
@@ -40,15 +40,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=(1, 16))
+    parser.add_argument("--contiguous", action="store_true", help="not channels_last")
     options = parser.parse_args()
+    layout = torch.contiguous_format if options.contiguous else torch.channels_last
     rows = []
     for name in options.models:
         model = model_of(name)
         for batch in options.batches:
             for plan in PLANS:
-                rows.append(
-                    {"model": name, "batch": batch, "plan": plan, **measure(model, batch, plan, options.rounds)}
-                )
+                found = measure(model, batch, plan, layout, options.rounds)
+                rows.append({"model": name, "batch": batch, "plan": plan, "layout": str(layout), **found})
                 print(f"{name}, batch {batch}, {plan}", flush=True)
     print(describe(rows))
     save({"benchmark": "auto_speed", "environment": environment(), "rows": rows}, options.json)
@@ -68,8 +69,8 @@ def model_of(name: str) -> nn.Module:
     return model
 
 
-def measure(model: nn.Module, batch: int, plan: str, rounds: int) -> dict[str, Any]:
-    """Times and ratios for one model, batch and plan."""
+def measure(model: nn.Module, batch: int, plan: str, layout: torch.memory_format, rounds: int) -> dict[str, Any]:
+    """Times and ratios for one model, batch, plan and layout of images and weights."""
     started = time.perf_counter()
     found = lrconvert.make_plan(
         model,
@@ -77,14 +78,14 @@ def measure(model: nn.Module, batch: int, plan: str, rounds: int) -> dict[str, A
         goal="speed",
         rank_multiple="auto",
         batch_size=batch,
-        channels_last=True,
+        channels_last=layout == torch.channels_last,
         input_shape=(3, 224, 224),
         device="cpu",
     )
     planning = time.perf_counter() - started
-    image = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    image = torch.randn(batch, 3, 224, 224).contiguous(memory_format=layout)
     low_rank = lrconvert.factorize(copy.deepcopy(model), found, device="cpu")
-    dense, low_rank = (each.to(memory_format=torch.channels_last) for each in (copy.deepcopy(model), low_rank))
+    dense, low_rank = (each.to(memory_format=layout) for each in (copy.deepcopy(model), low_rank))
     jobs = {"dense": lambda: dense(image), "low rank": lambda: low_rank(image)}
     with torch.inference_mode():
         seconds = interleave(jobs, dict.fromkeys(jobs, rounds))

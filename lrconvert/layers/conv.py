@@ -21,7 +21,7 @@ from torch.nn.utils import skip_init
 
 from lrconvert.layers.lowrank import Factored, LowRankLayer, where
 from lrconvert.layers.norm import norm_between
-from lrconvert.layers.parts import Numbers, run_in_parts
+from lrconvert.layers.parts import run_in_parts
 from lrconvert.layers.pivoted import PivotedConv
 
 CONV_TYPES: dict[str, type[_ConvNd]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -56,13 +56,17 @@ class LowRankConv(LowRankLayer):
         batched = isinstance(x, Tensor) and x.dim() == len(self.factored["weight"].shape)
         if not batched or (self.bn is not None and self.bn.training):
             return super().forward(x)
-        return run_in_parts(super().forward, x, self._numbers)
+        return run_in_parts(super().forward, x, self._most)
 
-    def _numbers(self, sample: torch.Size) -> Numbers:
-        """For a `sample` (channels, *size), but for what padding adds or its absence takes."""
+    def _most(self, sample: torch.Size) -> int:
+        """Numbers in the largest of input, output and what is between, for a `sample` (channels, *size).
+
+        But for what padding adds or its absence takes.
+        """
         factored, positions = self.factored["weight"], math.prod(sample[1:])
         first, both = (math.prod(stride) for stride in (cast(nn.Conv2d, self.u).stride, self.stride))
-        return Numbers(factored.groups * factored.rank * positions // first, factored.shape[0] * positions // both)
+        between = factored.groups * factored.rank * positions // first
+        return max(sample.numel(), between, factored.shape[0] * positions // both)
 
 
 class LowRankConvTranspose(LowRankLayer):
