@@ -7,7 +7,8 @@ BatchNorm `a.bn` stands between u and v; merging folds its running statistics, v
 Or u is pivoted: `a.u.weight` lacks the columns that `a.u.order` names first, see `lrconvert.layers.pivots`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -162,6 +163,25 @@ def merging(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device =
     return steps
 
 
+def pivoting(
+    tensors: Mapping[str, TensorRef], layers: Sequence[LayerPlan], device: torch.device = CPU
+) -> list[Rewrite]:
+    """The steps that leave the pivots out of first factors that have them, for the same products.
+
+    Args:
+        tensors: a state dict with plain factors.
+        layers: those to pivot, as the plan names them when it is done.
+        device: where to compute.
+    """
+    first = {layer.key("u"): layer for layer in layers}
+    second = {layer.key("v") for layer in layers}
+    return [
+        _pivoting(key, tensors, first[key], device) if key in first else moving(key, ref, key)
+        for key, ref in tensors.items()
+        if key not in second
+    ]
+
+
 def replacements(layer: LayerPlan, dtype: torch.dtype = torch.float32) -> Layout:
     """Key to (shape, dtype) of what takes the place of a weight of `dtype`: u, what goes with it, v.
 
@@ -210,6 +230,17 @@ def _merging(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, de
         return {layer.weight: merged_weight(tensors, layer, device).cpu()}
 
     return Rewrite(source, {layer.weight: (layer.shape, tensors[source].dtype)}, layer.layer.num_params, make)
+
+
+def _pivoting(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device) -> Rewrite:
+    u, v = tensors[source], tensors[layer.key("v")]
+    plain = replace(layer.layer, pivoted=False).layout
+
+    def make() -> dict[str, Tensor]:
+        left, right = plain.factors(u.read().to(device).double(), v.read().to(device).double(), layer.groups)
+        return {key: tensor.cpu() for key, tensor in _stored(left, right, layer, u.dtype).items()}
+
+    return Rewrite(source, replacements(layer, u.dtype), max(u.numel, v.numel), make)
 
 
 def _merging_bias(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device) -> Rewrite:

@@ -1,4 +1,4 @@
-"""`export`: a checkpoint as ONNX, torch.export archive, safetensors, or dense again."""
+"""`export`: a checkpoint as ONNX, torch.export archive, safetensors, dense again, or with pivoted factors."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,18 +13,20 @@ from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, wri
 from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.errors import ModelError, UnknownNameError, UsageError, VerificationError
 from lrconvert.exporters import GRAPHS
-from lrconvert.factorization import merging
+from lrconvert.factorization import merging, pivoting
 from lrconvert.inputs import shape_of
 from lrconvert.loading import load
 from lrconvert.network import Network, open_network
+from lrconvert.plan import LayerPlan, Plan
 from lrconvert.report.record import ExportRecord
 from lrconvert.rewrite import layout_of, moving
 from lrconvert.tensors import shapes_of
+from lrconvert.views import can_pivot
 
 if TYPE_CHECKING:
     from lrconvert.onnx_graph.graph import Graph
 
-TENSORS = ("safetensors", "dense")
+TENSORS = ("safetensors", "dense", "pivoted")
 FORMATS = (*GRAPHS, *TENSORS)
 TOLERANCE = 1e-4
 
@@ -48,7 +50,8 @@ def export(
         source: path of a checkpoint, dense or factorized, or an open one.
         output: what to write.
         format: "onnx" or "pt2", the graph with its weights; "safetensors", the same tensors; "dense", the factors
-            multiplied out, in the format that `output` says.
+            multiplied out, or "pivoted", the same products from fewer numbers (to run, not to train, see
+            `lrconvert.layers.pivots`), both in the format that `output` says.
         model, model_args, input_shape: the architecture, where the file does not name it; graphs need it.
         tolerance: largest relative difference between a graph's outputs and the model's.
         overwrite: replace an existing output.
@@ -123,6 +126,11 @@ def _export_tensors(
     plan = checkpoint.header.plan if checkpoint.header else None
     if format == "dense" and plan is not None:
         steps, plan = merging(network.tensors, plan, where), None
+    elif format == "pivoted":
+        if plan is None:
+            raise UsageError(f"{network.name} is dense: factorize it first, with or without --pivoted")
+        plan, changed = _pivoted(plan, network.name)
+        steps = pivoting(network.tensors, changed, where)
     else:
         steps = [moving(key, ref, key) for key, ref in network.tensors.items()]
     write_checkpoint(
@@ -141,6 +149,24 @@ def _export_tensors(
     return ExportRecord(
         source=str(checkpoint.path), output=str(path), format=format, nbytes=written.nbytes, checked_with="read back"
     )
+
+
+def _pivoted(plan: Plan, name: str) -> tuple[Plan, list[LayerPlan]]:
+    """`plan` with every first factor pivoted that can be, and the layers whose factors that changes."""
+
+    def pivoted(layer: LayerPlan) -> LayerPlan:
+        can = layer.rank is not None and not layer.norm and can_pivot(layer.layer)
+        return layer.model_copy(update={"pivoted": True}) if can else layer
+
+    layers = tuple(pivoted(layer) for layer in plan.layers)
+    changed = [new for new, old in zip(layers, plan.layers, strict=True) if new != old]
+    if not changed:
+        raise UsageError(
+            f"{name}: no factors to pivot: those of linear layers, attention and convolutions of kernel 1 can be, with "
+            "no BatchNorm between them, and once only"
+        )
+    # What was measured, and how much of a budget was used, was without pivots.
+    return plan.model_copy(update={"layers": layers, "latency": None, "target": None}), changed
 
 
 def _merge_graph(

@@ -16,7 +16,8 @@ def export(
         typer.Option(
             "--format",
             "-f",
-            help="onnx, pt2 (torch.export), safetensors, or dense: the factors multiplied out again.",
+            help="onnx, pt2 (torch.export), safetensors, dense: the factors multiplied out again, or pivoted: the same "
+            "products from fewer numbers, to run and not to train.",
         ),
     ],
     checkpoint_key: options.CheckpointKey = None,
