@@ -68,7 +68,7 @@ def main() -> None:
                 print(f"seed {seed}  {name:46} {share:g}  {figure:.4f}", flush=True)
             if options.distill_minutes:
                 for share in (float(text) for text in options.distill_kept.split(",")):
-                    figure = run.distilled(share, options.distill_minutes)
+                    figure = run.distilled(share, options.distill_minutes, options.pivoted)
                     name = f"output_error, {options.distill_minutes:g} min of distillation"
                     figures.setdefault(name, {}).setdefault(share, []).append(figure)
                     print(f"seed {seed}  {name:46} {share:g}  {figure:.4f}", flush=True)
@@ -149,14 +149,19 @@ class Run:
                 small = lrconvert.factorize(dense, plan, calibration=calibration, sequential=sequential)
                 yield name, kept, self.figure(small)
 
-    def distilled(self, kept: float, minutes: float) -> float:
-        """The figure after label-free distillation on other texts."""
+    def distilled(self, kept: float, minutes: float, pivoted: bool) -> float:
+        """The figure after label-free distillation on other texts, of plain factors that are perhaps pivoted then."""
         calibration = self.calibrated()
-        plan = self.plan(kept, calibration=calibration)
+        plan = self.plan(kept, calibration=calibration, pivoted=pivoted)
+        plain = [layer.model_copy(update={"pivoted": False}) for layer in plan.layers]
+        plan = plan.model_copy(update={"layers": tuple(plain), "target": None})
         small, better = self.folder / f"small-{kept}", self.folder / f"distilled-{kept}"
         lrconvert.factorize(self.source, plan, output=small, calibration=calibration)
         data = str(self.folder / "unlabelled.txt")
         lrconvert.distill(small, self.source, data, output=better, minutes=minutes, seed=self.seed)
+        if pivoted:
+            trained, better = better, self.folder / f"pivoted-{kept}"
+            lrconvert.export(trained, better, "pivoted")
         return self.figure(lrconvert.load(better))
 
 
