@@ -8,7 +8,6 @@ Or u is pivoted: `a.u.weight` lacks the columns that `a.u.order` names first, se
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -74,23 +73,34 @@ def merge_weight(
         order: of the columns of a `u` that is pivoted.
         scale: (groups·rank,), of a norm between them; None for ones.
     """
-    layout = layer.layer.layout
-    left, right = layout.factors(u.double(), v.double(), layer.groups)
-    if order is not None:
-        right = with_pivots(right, order)
+    left, right = _whole(u, v, layer, order)
     if scale is not None:
         right = right * scale.reshape(layer.groups, -1, 1)
-    return layout.weight(left @ right, layer.shape).to(u.dtype).contiguous()
+    return layer.layer.layout.weight(left @ right, layer.shape).to(u.dtype).contiguous()
+
+
+def _whole(u: Tensor, v: Tensor, layer: LayerPlan, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The factors (groups, rows, rank) and (groups, rank, columns) that are stored as `u` and `v`, in float64."""
+    left, right = layer.layer.layout.factors(u.double(), v.double(), layer.groups)
+    return left, right if order is None else with_pivots(right, order)
+
+
+def _read(
+    tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`u`, `v`, and the order of the columns of a `u` that is pivoted, which is checked."""
+    u, v = (tensors[layer.key(factor)].read().to(device) for factor in ("u", "v"))
+    if not layer.pivoted:
+        return u, v, None
+    key = layer.key("u", "order")
+    order = tensors[key].read().to(device)
+    check_order(key, order)
+    return u, v, order
 
 
 def merged_weight(tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device = CPU) -> Tensor:
     """The dense weight that the factors of `layer`, and the norm between them, stand for in a state dict."""
-    u, v = (tensors[layer.key(factor)].read().to(device) for factor in ("u", "v"))
-    order = None
-    if layer.pivoted:
-        key = layer.key("u", "order")
-        order = tensors[key].read().to(device)
-        check_order(key, order)
+    u, v, order = _read(tensors, layer, device)
     return merge_weight(u, v, layer, order, _scale_and_shift(tensors, layer, device)[0] if layer.norm else None)
 
 
@@ -144,12 +154,7 @@ def merging(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device =
     others: set[str] = set()
     biases = {layer.key("v", "bias"): layer for layer in plan.low_rank}
     for layer in plan.low_rank:
-        expected = replacements(layer)
-        others |= expected.keys() - first.keys()
-        for key, (shape, _) in expected.items():
-            if key not in tensors or tensors[key].shape != shape:
-                found = tensors[key].shape if key in tensors else "nothing"
-                raise PlanError(f"{key}: the plan expects shape {shape}, the checkpoint has {found}")
+        others |= _found(layer, tensors) - first.keys()
     steps = []
     for key, ref in tensors.items():
         if key in first:
@@ -163,23 +168,36 @@ def merging(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device =
     return steps
 
 
-def pivoting(
-    tensors: Mapping[str, TensorRef], layers: Sequence[LayerPlan], device: torch.device = CPU
+def refactoring(
+    tensors: Mapping[str, TensorRef], layers: Sequence[tuple[LayerPlan, LayerPlan]], device: torch.device = CPU
 ) -> list[Rewrite]:
-    """The steps that leave the pivots out of first factors that have them, for the same products.
+    """The steps from plain factors to pivoted ones of the same product, or back.
 
     Args:
-        tensors: a state dict with plain factors.
-        layers: those to pivot, as the plan names them when it is done.
+        tensors: a state dict with factors.
+        layers: before and after, of every layer that changes.
         device: where to compute.
+
+    Raises:
+        PlanError: a factor is missing or has another shape than the plan says.
     """
-    first = {layer.key("u"): layer for layer in layers}
-    second = {layer.key("v") for layer in layers}
+    first = {before.key("u"): (before, after) for before, after in layers}
+    others = {key for before, _ in layers for key in _found(before, tensors)} - first.keys()
     return [
-        _pivoting(key, tensors, first[key], device) if key in first else moving(key, ref, key)
+        _refactoring(key, tensors, *first[key], device) if key in first else moving(key, ref, key)
         for key, ref in tensors.items()
-        if key not in second
+        if key not in others
     ]
+
+
+def _found(layer: LayerPlan, tensors: Mapping[str, TensorRef]) -> set[str]:
+    """The keys of what took the place of the layer's weight; PlanError unless `tensors` have all, with their shapes."""
+    expected = replacements(layer)
+    for key, (shape, _) in expected.items():
+        if key not in tensors or tensors[key].shape != shape:
+            found = tensors[key].shape if key in tensors else "nothing"
+            raise PlanError(f"{key}: the plan expects shape {shape}, the checkpoint has {found}")
+    return set(expected)
 
 
 def replacements(layer: LayerPlan, dtype: torch.dtype = torch.float32) -> Layout:
@@ -232,15 +250,19 @@ def _merging(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, de
     return Rewrite(source, {layer.weight: (layer.shape, tensors[source].dtype)}, layer.layer.num_params, make)
 
 
-def _pivoting(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device) -> Rewrite:
-    u, v = tensors[source], tensors[layer.key("v")]
-    plain = replace(layer.layer, pivoted=False).layout
+def _refactoring(
+    source: str, tensors: Mapping[str, TensorRef], before: LayerPlan, after: LayerPlan, device: torch.device
+) -> Rewrite:
+    dtype = tensors[source].dtype
 
     def make() -> dict[str, Tensor]:
-        left, right = plain.factors(u.read().to(device).double(), v.read().to(device).double(), layer.groups)
-        return {key: tensor.cpu() for key, tensor in _stored(left, right, layer, u.dtype).items()}
+        u, v, order = _read(tensors, before, device)
+        left, right = _whole(u, v, before, order)
+        if before.pivoted:  # balanced, as training wants them
+            right, left = factors_of(left @ right, right.shape[1], before.name)
+        return {key: tensor.cpu() for key, tensor in _stored(left, right, after, dtype).items()}
 
-    return Rewrite(source, replacements(layer, u.dtype), max(u.numel, v.numel), make)
+    return Rewrite(source, replacements(after, dtype), after.layer.num_params, make)
 
 
 def _merging_bias(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, device: torch.device) -> Rewrite:

@@ -16,6 +16,7 @@ from lrconvert.cost import observe
 from lrconvert.inputs import Inputs
 from lrconvert.layers import Layer
 from lrconvert.layers.lowrank import without_data
+from lrconvert.layers.pivoted import Pivoted
 from lrconvert.plan import LayerPlan, Plan
 from lrconvert.surgery import reshape
 
@@ -60,7 +61,8 @@ def copy_of(
 ) -> nn.Module:
     """A copy of `module`, with the weights in `ranks` at these ranks; those at None, and all others, are dense.
 
-    Its parameters are views of `block`, but for those that `channels_last` lays out anew; its buffers are ones.
+    Its parameters are views of `block`, but for those that `channels_last` lays out anew; its buffers are ones, but for
+    the orders of pivoted factors: inputs are to be taken from all over, as they will be.
     """
     decisions = []
     for layer, rank in ranks.items():
@@ -74,6 +76,9 @@ def copy_of(
         start += math.ceil(parameter.numel() / _ALIGNMENT) * _ALIGNMENT
     for name, buffer in list(module.named_buffers()):
         _set(module, name, torch.ones_like(buffer, device=block.device))
+    for factor in module.modules():
+        if isinstance(factor, Pivoted):
+            factor.order = torch.argsort(torch.rand(factor.order.shape, device=block.device)).int()
     return module.to(memory_format=torch.channels_last) if channels_last else module
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from lrconvert.inputs import Input, one_input
 from lrconvert.layers.survey import layers_of_module
 from lrconvert.single_layers import alike, calls_of, copy_of, random_block, with_data
+from lrconvert.views import with_pivoted_factors
 
 CPU = torch.device("cpu")
 
@@ -77,6 +78,14 @@ def test_copies_are_made_of_the_block_alone(module):
             starts.add(parameter.data_ptr())
         assert len(starts) == len(list(copy.parameters()))  # no two weights are in one place
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pivoted_factors_take_their_inputs_from_all_over():
+    linear = nn.Linear(300, 200)
+    (layer,) = with_pivoted_factors(layers_of_module(nn.ModuleDict({"it": linear})))
+    order = copy_of(linear, {layer: 20}, random_block([linear], CPU)).u.order
+    assert (order.dtype, order.shape) == (torch.int32, (1, 300))
+    assert sorted(order[0].tolist()) == list(range(300)) != order[0].tolist()
 
 
 def test_an_index_stays_in_the_table():

@@ -1,4 +1,4 @@
-"""`export`: a checkpoint as ONNX, torch.export archive, safetensors, dense again, or with pivoted factors."""
+"""`export`: a checkpoint as ONNX, torch.export archive, safetensors, dense again, or with factors of another kind."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, wri
 from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.errors import ModelError, UnknownNameError, UsageError, VerificationError
 from lrconvert.exporters import GRAPHS
-from lrconvert.factorization import merging, pivoting
+from lrconvert.factorization import merging, refactoring
 from lrconvert.inputs import shape_of
 from lrconvert.loading import load
 from lrconvert.network import Network, open_network
@@ -26,7 +26,7 @@ from lrconvert.views import can_pivot
 if TYPE_CHECKING:
     from lrconvert.onnx_graph.graph import Graph
 
-TENSORS = ("safetensors", "dense", "pivoted")
+TENSORS = ("safetensors", "dense", "pivoted", "plain")
 FORMATS = (*GRAPHS, *TENSORS)
 TOLERANCE = 1e-4
 
@@ -49,9 +49,9 @@ def export(
     Args:
         source: path of a checkpoint, dense or factorized, or an open one.
         output: what to write.
-        format: "onnx" or "pt2", the graph with its weights; "safetensors", the same tensors; "dense", the factors
-            multiplied out, or "pivoted", the same products from fewer numbers (to run, not to train, see
-            `lrconvert.layers.pivots`), both in the format that `output` says.
+        format: "onnx" or "pt2", the graph with its weights; "safetensors", the same tensors. In the format that
+            `output` says: "dense", the factors multiplied out; "pivoted", the same products from fewer numbers, to run
+            and not to train (see `lrconvert.layers.pivots`); "plain", pivoted factors as plain ones, to train again.
         model, model_args, input_shape: the architecture, where the file does not name it; graphs need it.
         tolerance: largest relative difference between a graph's outputs and the model's.
         overwrite: replace an existing output.
@@ -126,11 +126,11 @@ def _export_tensors(
     plan = checkpoint.header.plan if checkpoint.header else None
     if format == "dense" and plan is not None:
         steps, plan = merging(network.tensors, plan, where), None
-    elif format == "pivoted":
+    elif format in ("pivoted", "plain"):
         if plan is None:
             raise UsageError(f"{network.name} is dense: factorize it first, with or without --pivoted")
-        plan, changed = _pivoted(plan, network.name)
-        steps = pivoting(network.tensors, changed, where)
+        plan, changed = _refactored(plan, format == "pivoted", network.name)
+        steps = refactoring(network.tensors, changed, where)
     else:
         steps = [moving(key, ref, key) for key, ref in network.tensors.items()]
     write_checkpoint(
@@ -151,21 +151,23 @@ def _export_tensors(
     )
 
 
-def _pivoted(plan: Plan, name: str) -> tuple[Plan, list[LayerPlan]]:
-    """`plan` with every first factor pivoted that can be, and the layers whose factors that changes."""
+def _refactored(plan: Plan, pivoted: bool, name: str) -> tuple[Plan, list[tuple[LayerPlan, LayerPlan]]]:
+    """`plan` with every first factor pivoted that can be, or none, and the layers that changes: before, after."""
 
-    def pivoted(layer: LayerPlan) -> LayerPlan:
+    def after(layer: LayerPlan) -> LayerPlan:
         can = layer.rank is not None and not layer.norm and can_pivot(layer.layer)
-        return layer.model_copy(update={"pivoted": True}) if can else layer
+        return layer.model_copy(update={"pivoted": pivoted}) if can else layer
 
-    layers = tuple(pivoted(layer) for layer in plan.layers)
-    changed = [new for new, old in zip(layers, plan.layers, strict=True) if new != old]
-    if not changed:
+    layers = tuple(after(layer) for layer in plan.layers)
+    changed = [(old, new) for old, new in zip(plan.layers, layers, strict=True) if new != old]
+    if not changed and pivoted:
         raise UsageError(
             f"{name}: no factors to pivot: those of linear layers, attention and convolutions of kernel 1 can be, with "
             "no BatchNorm between them, and once only"
         )
-    # What was measured, and how much of a budget was used, was without pivots.
+    if not changed:
+        raise UsageError(f"{name}: no factors are pivoted: all are plain ones")
+    # What was measured, and how much of a budget was used, was of the others.
     return plan.model_copy(update={"layers": layers, "latency": None, "target": None}), changed
 
 

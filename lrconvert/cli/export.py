@@ -16,8 +16,8 @@ def export(
         typer.Option(
             "--format",
             "-f",
-            help="onnx, pt2 (torch.export), safetensors, dense: the factors multiplied out again, or pivoted: the same "
-            "products from fewer numbers, to run and not to train.",
+            help="onnx, pt2 (torch.export), safetensors; dense: the factors multiplied out again; pivoted: the same "
+            "products from fewer numbers, to run and not to train; plain: pivoted ones as they were, to train again.",
         ),
     ],
     checkpoint_key: options.CheckpointKey = None,

@@ -148,7 +148,8 @@ def refuse_to_train(model: nn.Module) -> None:
     if name is not None:
         raise UsageError(
             f"{name.removesuffix('.u') or 'the layer'} has pivoted factors, a form to store and to run a network in: "
-            "train one that was factorized without --pivoted, then `lrconvert export --format pivoted`"
+            "train one that was factorized without --pivoted, or this one after `lrconvert export --format plain`; "
+            "`--format pivoted` is the way back"
         )
 
 

@@ -1,4 +1,4 @@
-"""`export --format pivoted`: the same products, from a file of plain factors."""
+"""`export --format pivoted` and `plain`: the same products, from factors of the other kind."""
 
 import copy
 import json
@@ -84,6 +84,23 @@ def test_as_factorized_so_at_once(files):
             assert torch.equal(two[key], one[key])
 
 
+def test_plain_again_is_as_factorized(files):
+    """Balanced, too, not only of the same product: up to signs the factors that were pivoted."""
+    torch.manual_seed(0)
+    files(Mixed())
+    lrconvert.export("pivoted.safetensors", "plain.safetensors", "plain")
+    one, two = load_file("small.safetensors"), load_file("plain.safetensors")
+    assert one.keys() == two.keys()
+    for key in one:
+        if key.endswith((".u.weight", ".v.weight")):
+            assert_close(two[key].abs(), one[key].abs(), 1e-4)
+        else:
+            assert torch.equal(two[key], one[key])
+    model, x = Mixed().eval(), torch.randn(2, 12, 5, 6)
+    small, plain = (lrconvert.load(f"{name}.safetensors", copy.deepcopy(model)) for name in ("small", "plain"))
+    assert_close(run_seeded(plain.eval(), x), run_seeded(small.eval(), x))
+
+
 def test_a_folder_of_transformers(tmp_path, cli):
     networks.build("bert").save_pretrained(tmp_path / "dense")
     lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.25", output=tmp_path / "small")
@@ -103,6 +120,8 @@ def test_what_cannot_be_pivoted(files):
         lrconvert.export("dense.safetensors", "other.safetensors", "pivoted")
     with pytest.raises(UsageError, match="no factors to pivot"):
         lrconvert.export("pivoted.safetensors", "twice.safetensors", "pivoted")
+    with pytest.raises(UsageError, match="no factors are pivoted"):
+        lrconvert.export("small.safetensors", "twice.safetensors", "plain")
 
 
 def test_a_norm_between_the_factors_stays(files):
