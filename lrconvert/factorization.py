@@ -19,7 +19,7 @@ from lrconvert.plan import LayerPlan, Plan
 from lrconvert.plan_check import check_plan
 from lrconvert.response import Response
 from lrconvert.rewrite import CPU, Layout, Rewrite, moving
-from lrconvert.spectrum import factors_of
+from lrconvert.spectrum import factors_of, finite_energy
 from lrconvert.tensors import TensorRef, shapes_of
 
 
@@ -56,8 +56,7 @@ def _stored(left: Tensor, right: Tensor, layer: LayerPlan, dtype: torch.dtype) -
         left, right, columns = pivot(left, right)
         order = {layer.key("u", "order"): columns}
     u, v = (factor.to(dtype).contiguous() for factor in layer.layer.layout.pair(left, right, layer.shape))
-    # Plain factors were looked at in their own dtype when they were made.
-    if layer.pivoted and not bool(torch.isfinite(v).all()):
+    if not all(bool(torch.isfinite(factor).all()) for factor in (u, v)):
         raise WeightError(f"{layer.name}: the factors overflow {dtype}; convert the checkpoint to float32 first")
     return {layer.key("u"): u, **order, layer.key("v"): v}
 
@@ -154,7 +153,7 @@ def merging(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device =
     others: set[str] = set()
     biases = {layer.key("v", "bias"): layer for layer in plan.low_rank}
     for layer in plan.low_rank:
-        others |= _found(layer, tensors) - first.keys()
+        others |= _checked_keys(layer, tensors) - first.keys()
     steps = []
     for key, ref in tensors.items():
         if key in first:
@@ -168,7 +167,7 @@ def merging(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device =
     return steps
 
 
-def refactoring(
+def changing_form(
     tensors: Mapping[str, TensorRef], layers: Sequence[tuple[LayerPlan, LayerPlan]], device: torch.device = CPU
 ) -> list[Rewrite]:
     """The steps from plain factors to pivoted ones of the same product, or back.
@@ -182,15 +181,15 @@ def refactoring(
         PlanError: a factor is missing or has another shape than the plan says.
     """
     first = {before.key("u"): (before, after) for before, after in layers}
-    others = {key for before, _ in layers for key in _found(before, tensors)} - first.keys()
+    others = {key for before, _ in layers for key in _checked_keys(before, tensors)} - first.keys()
     return [
-        _refactoring(key, tensors, *first[key], device) if key in first else moving(key, ref, key)
+        _changing_form(key, tensors, *first[key], device) if key in first else moving(key, ref, key)
         for key, ref in tensors.items()
         if key not in others
     ]
 
 
-def _found(layer: LayerPlan, tensors: Mapping[str, TensorRef]) -> set[str]:
+def _checked_keys(layer: LayerPlan, tensors: Mapping[str, TensorRef]) -> set[str]:
     """The keys of what took the place of the layer's weight; PlanError unless `tensors` have all, with their shapes."""
     expected = replacements(layer)
     for key, (shape, _) in expected.items():
@@ -250,7 +249,7 @@ def _merging(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, de
     return Rewrite(source, {layer.weight: (layer.shape, tensors[source].dtype)}, layer.layer.num_params, make)
 
 
-def _refactoring(
+def _changing_form(
     source: str, tensors: Mapping[str, TensorRef], before: LayerPlan, after: LayerPlan, device: torch.device
 ) -> Rewrite:
     dtype = tensors[source].dtype
@@ -258,6 +257,8 @@ def _refactoring(
     def make() -> dict[str, Tensor]:
         u, v, order = _read(tensors, before, device)
         left, right = _whole(u, v, before, order)
+        for factor in (left, right):
+            finite_energy(factor, before.name)
         if before.pivoted:  # balanced, as training wants them
             right, left = factors_of(left @ right, right.shape[1], before.name)
         return {key: tensor.cpu() for key, tensor in _stored(left, right, after, dtype).items()}

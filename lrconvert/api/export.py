@@ -13,7 +13,7 @@ from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, wri
 from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.errors import ModelError, UnknownNameError, UsageError, VerificationError
 from lrconvert.exporters import GRAPHS
-from lrconvert.factorization import merging, refactoring
+from lrconvert.factorization import changing_form, merging
 from lrconvert.inputs import shape_of
 from lrconvert.loading import load
 from lrconvert.network import Network, open_network
@@ -128,9 +128,9 @@ def _export_tensors(
         steps, plan = merging(network.tensors, plan, where), None
     elif format in ("pivoted", "plain"):
         if plan is None:
-            raise UsageError(f"{network.name} is dense: factorize it first, with or without --pivoted")
-        plan, changed = _refactored(plan, format == "pivoted", network.name)
-        steps = refactoring(network.tensors, changed, where)
+            raise UsageError(f"{network.name} is dense, it has no factors: factorize it first")
+        plan, changed = _in_other_form(plan, format == "pivoted", network.name)
+        steps = changing_form(network.tensors, changed, where)
     else:
         steps = [moving(key, ref, key) for key, ref in network.tensors.items()]
     write_checkpoint(
@@ -151,7 +151,7 @@ def _export_tensors(
     )
 
 
-def _refactored(plan: Plan, pivoted: bool, name: str) -> tuple[Plan, list[tuple[LayerPlan, LayerPlan]]]:
+def _in_other_form(plan: Plan, pivoted: bool, name: str) -> tuple[Plan, list[tuple[LayerPlan, LayerPlan]]]:
     """`plan` with every first factor pivoted that can be, or none, and the layers that changes: before, after."""
 
     def after(layer: LayerPlan) -> LayerPlan:
@@ -160,15 +160,18 @@ def _refactored(plan: Plan, pivoted: bool, name: str) -> tuple[Plan, list[tuple[
 
     layers = tuple(after(layer) for layer in plan.layers)
     changed = [(old, new) for old, new in zip(plan.layers, layers, strict=True) if new != old]
+    if not changed and any(layer.pivoted for layer in layers):
+        raise UsageError(f"{name}: its factors are pivoted already")
     if not changed and pivoted:
         raise UsageError(
             f"{name}: no factors to pivot: those of linear layers, attention and convolutions of kernel 1 can be, with "
-            "no BatchNorm between them, and once only"
+            "no BatchNorm between them"
         )
     if not changed:
         raise UsageError(f"{name}: no factors are pivoted: all are plain ones")
-    # What was measured, and how much of a budget was used, was of the others.
-    return plan.model_copy(update={"layers": layers, "latency": None, "target": None}), changed
+    # Sizes and times were those of the other form.
+    target = None if plan.target is None or plan.target.kind.endswith("_ratio") else plan.target
+    return plan.model_copy(update={"layers": layers, "latency": None, "target": target}), changed
 
 
 def _merge_graph(

@@ -34,6 +34,7 @@ _WEIGHTS = tuple(
 # The other half of OpenVINO's weights, which are a .bin.
 _GRAPHS = ("openvino*.xml",)
 # Folders that hold nothing else: exported graphs, Meta's own format, and what training saves on its way.
+_NOTE = "> **Low-rank weights.**"
 _FOLDERS = ("onnx", "openvino", "coreml", "tflite", "original", "checkpoint-*", "global_step*")
 # What training saves to go on from; it fits the dense parameters only.
 _TRAINING = ("optimizer*", "scheduler*", "scaler.pt", "rng_state*", "random_states*", "training_args.bin")
@@ -131,14 +132,14 @@ def write_card(path: Path, header: Header) -> None:
     """
     assert header.plan is not None
     note = (
-        f"> **Low-rank weights.** {len(header.plan.low_rank)} layers of this checkpoint are factorized by "
+        f"{_NOTE} {len(header.plan.low_rank)} layers of this checkpoint are factorized by "
         f"{header.written_by}. Do not open it with `from_pretrained`: the factorized layers would get random weights. "
         "`lrconvert info` describes it, `lrconvert.load(path, model)` loads it, and "
         "`lrconvert export --format dense` turns it back into the dense architecture.\n"
     )
     if is_transformers(path):
         note = (
-            f"> **Low-rank weights.** {len(header.plan.low_rank)} layers of this checkpoint are factorized by "
+            f"{_NOTE} {len(header.plan.low_rank)} layers of this checkpoint are factorized by "
             f"{header.written_by}. With `import lrconvert`, `from_pretrained` loads it; without, transformers refuses "
             "it (sizes do not match: do not silence that, or the factorized layers get random weights). "
             "`lrconvert.load(path)` loads it too, `lrconvert info` describes it, and `lrconvert export --format dense` "
@@ -150,4 +151,6 @@ def write_card(path: Path, header: Header) -> None:
     if text.startswith("---\n") and "\n---\n" in text[4:]:
         end = text.index("\n---\n", 4) + len("\n---\n")
         front, text = text[:end], text[end:]
-    card.write_text(f"{front}\n{note}\n{text.lstrip()}", encoding="utf-8")
+    # A folder that was made of a factorized one says so once.
+    kept = "\n".join(line for line in text.split("\n") if not line.startswith(_NOTE)).strip("\n")
+    card.write_text(f"{front}\n{note}\n{kept}\n" if kept else f"{front}\n{note}", encoding="utf-8")

@@ -17,7 +17,7 @@ def export(
             "--format",
             "-f",
             help="onnx, pt2 (torch.export), safetensors; dense: the factors multiplied out again; pivoted: the same "
-            "products from fewer numbers, to run and not to train; plain: pivoted ones as they were, to train again.",
+            "products from fewer numbers, to run and not to train; plain: those as plain factors, to train again.",
         ),
     ],
     checkpoint_key: options.CheckpointKey = None,

@@ -21,7 +21,7 @@ from torch.nn.utils import skip_init
 
 from lrconvert.layers.lowrank import Factored, LowRankLayer, where
 from lrconvert.layers.norm import norm_between
-from lrconvert.layers.parts import run_in_parts
+from lrconvert.layers.parts import has_hooks, run_in_parts
 from lrconvert.layers.pivoted import PivotedConv
 
 CONV_TYPES: dict[str, type[_ConvNd]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -30,6 +30,8 @@ TRANSPOSED_TYPES: dict[str, type[_ConvTransposeNd]] = {
     "conv_transpose2d": nn.ConvTranspose2d,
     "conv_transpose3d": nn.ConvTranspose3d,
 }
+# What the factors are, unless somebody wrapped them.
+_FACTORS = (*CONV_TYPES.values(), PivotedConv)
 
 
 class LowRankConv(LowRankLayer):
@@ -54,9 +56,16 @@ class LowRankConv(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         """What the dense layer would return for `x`, up to the truncation."""
         batched = isinstance(x, Tensor) and x.dim() == len(self.factored["weight"].shape)
-        if not batched or (self.bn is not None and self.bn.training):
+        if not batched or not self._keeps_samples_apart():
             return super().forward(x)
         return run_in_parts(super().forward, x, self._most)
+
+    def _keeps_samples_apart(self) -> bool:
+        """Whether no child looks at a batch as a whole, nor anybody at what one makes of it."""
+        if type(self.u) not in _FACTORS or type(self.v) not in _FACTORS or has_hooks(self.u) or has_hooks(self.v):
+            return False
+        bn: Any = self.bn
+        return bn is None or not (bn.training or bn.running_mean is None or has_hooks(bn))
 
     def _most(self, sample: torch.Size) -> int:
         """Numbers in the largest of input, output and what is between, for a `sample` (channels, *size).

@@ -8,11 +8,12 @@ import hf_networks as networks
 import pytest
 import torch
 from helpers import TOLERANCE, assert_close, num_params, run_seeded
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lrconvert
-from lrconvert.errors import UsageError
+from lrconvert.errors import UsageError, WeightError
 from lrconvert.models.zoo.digits_cnn import DigitsCNN
 
 
@@ -107,6 +108,8 @@ def test_a_folder_of_transformers(tmp_path, cli):
     result = cli("export", tmp_path / "small", "-o", tmp_path / "pivoted", "--format", "pivoted", "--json")
     assert (result.code, result.err) == (0, "")
     assert json.loads(result.out)["format"] == "pivoted"
+    card = (tmp_path / "pivoted" / "README.md").read_text(encoding="utf-8")
+    assert card.count("Low-rank weights") == 1
     small, pivoted = (lrconvert.load(tmp_path / name).eval() for name in ("small", "pivoted"))
     assert num_params(pivoted) < num_params(small)
     tokens = torch.arange(12)[None]
@@ -116,12 +119,23 @@ def test_a_folder_of_transformers(tmp_path, cli):
 
 def test_what_cannot_be_pivoted(files):
     files(DigitsCNN(width=16))
-    with pytest.raises(UsageError, match=r"dense\.safetensors is dense: factorize it first"):
+    with pytest.raises(UsageError, match=r"dense\.safetensors is dense, it has no factors"):
         lrconvert.export("dense.safetensors", "other.safetensors", "pivoted")
-    with pytest.raises(UsageError, match="no factors to pivot"):
+    with pytest.raises(UsageError, match="its factors are pivoted already"):
         lrconvert.export("pivoted.safetensors", "twice.safetensors", "pivoted")
     with pytest.raises(UsageError, match="no factors are pivoted"):
         lrconvert.export("small.safetensors", "twice.safetensors", "plain")
+
+
+@pytest.mark.parametrize("damage", ["u", "v"])
+def test_damaged_factors_are_named(files, damage):
+    files(Mixed())
+    with safe_open("small.safetensors", "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors[f"linear.{damage}.weight"][0, 0] = torch.nan
+    save_file(tensors, "damaged.safetensors", metadata)
+    with pytest.raises(WeightError, match="linear: 1 of 168 values are NaN"):
+        lrconvert.export("damaged.safetensors", "other.safetensors", "pivoted")
 
 
 def test_a_norm_between_the_factors_stays(files):

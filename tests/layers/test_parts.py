@@ -1,5 +1,8 @@
 """A large batch in parts: equal to all of it at once, and only where nothing else depends on the batch."""
 
+import os
+import platform
+
 import pytest
 import torch
 from helpers import assert_close
@@ -22,6 +25,9 @@ CONVOLUTIONS = {
 }
 
 
+at_once = LowRankLayer.forward
+
+
 def factorized(conv, **options):
     torch.manual_seed(0)
     return lrconvert.factorize(nn.Sequential(conv).eval(), "rank=2", keep_first=0, keep_last=False, **options)[0]
@@ -34,16 +40,19 @@ def inputs(conv, batch=7):
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """Batches that reach the first factor, with a limit at which 7 samples of any test go 2 at a time, or fewer."""
+    """Batches that the factors meet, with limits at which 7 samples of any test here go in parts."""
     monkeypatch.setattr(parts, "_GIVEN_BACK", 16_000)
     monkeypatch.setattr(parts, "_AT_HAND", 11_000)
+    monkeypatch.setattr(parts, "_gives_back", lambda: True)
     seen = []
 
-    def watch(layer):
-        layer.u.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-        return seen
+    def forward(layer, x):
+        if type(x) is torch.Tensor and not torch.jit.is_tracing():
+            seen.append(len(x))
+        return at_once(layer, x)
 
-    return watch
+    monkeypatch.setattr(LowRankLayer, "forward", forward)
+    return seen
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -51,13 +60,12 @@ def test_equal_to_all_at_once(name, sizes, monkeypatch):
     conv = CONVOLUTIONS[name]
     layer, x = factorized(conv), inputs(conv)
     with torch.no_grad():
-        want = LowRankLayer.forward(layer, x)
+        want = at_once(layer, x)
         size = layer._most(x.shape[1:]) * x.element_size()
         monkeypatch.setattr(parts, "_GIVEN_BACK", 6 * size)
         monkeypatch.setattr(parts, "_AT_HAND", 2 * size)
-        seen = sizes(layer)
         got = layer(x)
-    assert seen == [2, 2, 2, 1]
+    assert sizes == [2, 2, 2, 1]
     assert_close(got, want)
     assert got.stride() == want.stride()
 
@@ -67,11 +75,10 @@ def test_other_forms(options, sizes):
     conv = CONVOLUTIONS["kernel 1" if "pivoted" in options else "2d"]
     layer, x = factorized(conv, **options), inputs(conv)
     with torch.no_grad():
-        want = LowRankLayer.forward(layer, x)
-        seen = sizes(layer)
+        want = at_once(layer, x)
         assert_close(layer(x), want)
-    assert sum(seen) == 7
-    assert len(seen) > 1
+    assert sum(sizes) == 7
+    assert len(sizes) > 1
 
 
 @pytest.mark.parametrize(
@@ -86,6 +93,38 @@ def test_the_largest_tensor(shape, stride, size):
     assert max(out.numel(), torch.Size(shape).numel()) >= size
 
 
+def test_on_the_device_of_the_input(sizes):
+    layer, x = factorized(CONVOLUTIONS["2d"]), inputs(CONVOLUTIONS["2d"])
+    with torch.no_grad(), torch.device("meta"):
+        assert layer(x).device.type == "cpu"
+    assert len(sizes) > 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "libc", "gives_back"),
+    [
+        ({}, "glibc", True),
+        (
+            {"MALLOC_ARENA_MAX": "1", "LD_PRELOAD": "libfoo.so", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1"},
+            "glibc",
+            True,
+        ),
+        ({}, "", False),
+        ({"MALLOC_MMAP_MAX_": "0"}, "glibc", False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0"}, "glibc", False),
+        ({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}, "glibc", False),
+    ],
+)
+def test_who_keeps_memory(environment, libc, gives_back, monkeypatch):
+    for name in [*os.environ]:
+        if name in ("LD_PRELOAD", "GLIBC_TUNABLES") or name.startswith("MALLOC_"):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(platform, "libc_ver", lambda: (libc, ""))
+    assert parts._gives_back.__wrapped__() is gives_back
+
+
 class TestAllAtOnce:
     """Where parts would change what is computed or recorded."""
 
@@ -98,37 +137,60 @@ class TestAllAtOnce:
         return inputs(CONVOLUTIONS["2d"])
 
     def test_with_gradients(self, layer, x, sizes):
-        seen = sizes(layer)
         layer(x)
-        assert seen == [7]
+        assert sizes == [7]
 
     def test_a_norm_that_learns(self, x, sizes):
         layer = factorized(CONVOLUTIONS["2d"], extra_norm=True).train()
-        seen = sizes(layer)
         with torch.no_grad():
             layer(x)
-        assert seen == [7]
+        assert sizes == [7]
+
+    def test_a_norm_without_running_statistics(self, x, sizes):
+        layer = factorized(CONVOLUTIONS["2d"], extra_norm=True)
+        layer.bn.running_mean = layer.bn.running_var = None
+        with torch.no_grad():
+            assert_close(layer(x), at_once(layer, x))
+        assert sizes == [7]
+
+    def test_factors_that_somebody_wrapped(self, layer, x, sizes):
+        layer.u = nn.Sequential(layer.u, nn.Identity())
+        with torch.no_grad():
+            layer(x)
+        assert sizes == [7]
+
+    @pytest.mark.parametrize("factor", ["u", "v"])
+    def test_hooks_see_all_of_a_batch(self, layer, x, sizes, factor):
+        seen = []
+        layer.get_submodule(factor).register_forward_hook(lambda _, args, out: seen.append(len(out)))
+        with torch.no_grad():
+            layer(x)
+        assert sizes == seen == [7]
+
+    def test_where_memory_is_kept(self, layer, x, sizes, monkeypatch):
+        monkeypatch.setattr(parts, "_gives_back", lambda: False)
+        with torch.no_grad():
+            layer(x)
+        assert sizes == [7]
 
     def test_channels_last(self, layer, x, sizes):
-        seen = sizes(layer)
         with torch.no_grad():
             layer(x.contiguous(memory_format=torch.channels_last))
-        assert seen == [7]
+        assert sizes == [7]
 
     def test_a_small_batch_and_none(self, layer, x, sizes):
-        seen = sizes(layer)
         with torch.no_grad():
             layer(x[:2])
             assert layer(x[:0]).shape == (0, 16, 6, 7)
             assert layer(x[0]).shape == (16, 6, 7)
-        assert [*seen[:2], len(seen)] == [2, 0, 3]
+        assert sizes[:2] == [2, 0]
+        assert len(sizes) == 3
 
     def test_samples_that_are_too_large_by_themselves(self, layer, x, sizes, monkeypatch):
         monkeypatch.setattr(parts, "_GIVEN_BACK", 100)
-        seen = sizes(layer)
         with torch.no_grad():
             layer(x)
-        assert seen == [7]
+        assert sizes == [7]
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
     def test_graphs(self, layer, x, sizes):
