@@ -34,7 +34,6 @@ _WEIGHTS = tuple(
 # The other half of OpenVINO's weights, which are a .bin.
 _GRAPHS = ("openvino*.xml",)
 # Folders that hold nothing else: exported graphs, Meta's own format, and what training saves on its way.
-_NOTE = "> **Low-rank weights.**"
 _FOLDERS = ("onnx", "openvino", "coreml", "tflite", "original", "checkpoint-*", "global_step*")
 # What training saves to go on from; it fits the dense parameters only.
 _TRAINING = ("optimizer*", "scheduler*", "scaler.pt", "rng_state*", "random_states*", "training_args.bin")
@@ -123,6 +122,10 @@ def _dense_copies(folder: Path) -> set[Path]:
     """
     files = {path for pattern in (*_WEIGHTS, *_GRAPHS, f"*{INDEX}") for path in folder.glob(pattern)}
     return files | {path for pattern in _FOLDERS for path in folder.glob(pattern) if path.is_dir()}
+
+
+# How the line begins that a factorized folder has in its README.md.
+_NOTE = "> **Low-rank weights.**"
 
 
 def write_card(path: Path, header: Header) -> None:

@@ -200,6 +200,9 @@ class TestAllAtOnce:
             exported = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
             assert sum("conv" in str(node.target) for node in exported.graph.nodes) == 2
             assert_close(exported.module()(x), want)
+            compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+            assert_close(compiled(x), want)
+            assert_close(compiled(x[:5]), want[:5])
             graph = symbolic_trace(layer)
             assert sum(node.op == "call_module" for node in graph.graph.nodes) == 2
             traced = torch.jit.trace(layer, x[:3])
