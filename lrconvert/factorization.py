@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lrconvert.errors import PlanError, WeightError
+from lrconvert.errors import PlanError, VerificationError, WeightError
 from lrconvert.layers.norm import EPS, fresh_norm
 from lrconvert.layers.pivots import check_order, pivot, with_pivots
 from lrconvert.plan import LayerPlan, Plan
@@ -21,6 +21,10 @@ from lrconvert.response import Response
 from lrconvert.rewrite import CPU, Layout, Rewrite, moving
 from lrconvert.spectrum import factors_of, finite_energy
 from lrconvert.tensors import TensorRef, shapes_of
+
+# Random inputs that products are compared on, and the roundings by which they may differ in any case.
+_PROBES = 8
+_ROUNDINGS = 8
 
 
 def factorize_weight(weight: Tensor, layer: LayerPlan) -> dict[str, Tensor]:
@@ -168,22 +172,27 @@ def merging(tensors: Mapping[str, TensorRef], plan: Plan, device: torch.device =
 
 
 def changing_form(
-    tensors: Mapping[str, TensorRef], layers: Sequence[tuple[LayerPlan, LayerPlan]], device: torch.device = CPU
+    tensors: Mapping[str, TensorRef],
+    layers: Sequence[tuple[LayerPlan, LayerPlan]],
+    tolerance: float,
+    device: torch.device = CPU,
 ) -> list[Rewrite]:
-    """The steps from plain factors to pivoted ones of the same product, or back.
+    """The steps from plain factors to pivoted ones of the same product, or back; each checks its product.
 
     Args:
         tensors: a state dict with factors.
         layers: before and after, of every layer that changes.
+        tolerance: largest relative difference of the outputs for random inputs, where rounding does not cause more.
         device: where to compute.
 
     Raises:
         PlanError: a factor is missing or has another shape than the plan says.
+        VerificationError: when the steps are run, the product is another one.
     """
     first = {before.key("u"): (before, after) for before, after in layers}
     others = {key for before, _ in layers for key in _checked_keys(before, tensors)} - first.keys()
     return [
-        _changing_form(key, tensors, *first[key], device) if key in first else moving(key, ref, key)
+        _changing_form(key, tensors, *first[key], tolerance, device) if key in first else moving(key, ref, key)
         for key, ref in tensors.items()
         if key not in others
     ]
@@ -250,7 +259,12 @@ def _merging(source: str, tensors: Mapping[str, TensorRef], layer: LayerPlan, de
 
 
 def _changing_form(
-    source: str, tensors: Mapping[str, TensorRef], before: LayerPlan, after: LayerPlan, device: torch.device
+    source: str,
+    tensors: Mapping[str, TensorRef],
+    before: LayerPlan,
+    after: LayerPlan,
+    tolerance: float,
+    device: torch.device,
 ) -> Rewrite:
     dtype = tensors[source].dtype
 
@@ -259,9 +273,19 @@ def _changing_form(
         left, right = _whole(u, v, before, order)
         for factor in (left, right):
             finite_energy(factor, before.name)
+        seeded = torch.Generator().manual_seed(0)
+        inputs = torch.randn(right.shape[2], _PROBES, dtype=right.dtype, generator=seeded).to(device)
+        wanted = left @ (right @ inputs)
         if before.pivoted:  # balanced, as training wants them
             right, left = factors_of(left @ right, right.shape[1], before.name)
-        return {key: tensor.cpu() for key, tensor in _stored(left, right, after, dtype).items()}
+        made = _stored(left, right, after, dtype)
+        left, right = _whole(made[after.key("u")], made[after.key("v")], after, made.get(after.key("u", "order")))
+        difference = float((left @ (right @ inputs) - wanted).norm() / wanted.norm().clamp(min=torch.finfo(dtype).tiny))
+        if not difference <= max(tolerance, _ROUNDINGS * torch.finfo(dtype).eps):
+            raise VerificationError(
+                f"{after.name}: its factors in the other form have another product, {difference:.1e} away"
+            )
+        return {key: tensor.cpu() for key, tensor in made.items()}
 
     return Rewrite(source, replacements(after, dtype), after.layer.num_params, make)
 

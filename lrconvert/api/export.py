@@ -53,14 +53,15 @@ def export(
             `output` says: "dense", the factors multiplied out; "pivoted", the same products from fewer numbers, to run
             and not to train (see `lrconvert.layers.pivots`); "plain", pivoted factors as plain ones, to train again.
         model, model_args, input_shape: the architecture, where the file does not name it; graphs need it.
-        tolerance: largest relative difference between a graph's outputs and the model's.
+        tolerance: largest relative difference between a graph's outputs and the model's, or of a layer's in another
+            form, where rounding does not cause more.
         overwrite: replace an existing output.
         device: where factors are multiplied out.
         progress: see `analyze`.
 
     Raises:
         ModelError: a graph was asked for and the architecture or its input shape is not known.
-        VerificationError: the graph computes something else than the model; nothing is written.
+        VerificationError: the graph computes something else than the model, or a layer than before; nothing is written.
     """
     if format not in FORMATS:
         raise UnknownNameError("export format", format, FORMATS)
@@ -124,13 +125,15 @@ def _export_tensors(
     if format == "safetensors" and path.suffix not in (".safetensors", ""):
         raise UsageError(f"{path}: the format is safetensors, so end the output in .safetensors")
     plan = checkpoint.header.plan if checkpoint.header else None
+    checked_with = "read back"
     if format == "dense" and plan is not None:
         steps, plan = merging(network.tensors, plan, where), None
     elif format in ("pivoted", "plain"):
         if plan is None:
             raise UsageError(f"{network.name} is dense, it has no factors: factorize it first")
         plan, changed = _in_other_form(plan, format == "pivoted", network.name)
-        steps = changing_form(network.tensors, changed, where)
+        checked_with = f"products of {len(changed)} layers on random inputs, and read back"
+        steps = changing_form(network.tensors, changed, tolerance, where)
     else:
         steps = [moving(key, ref, key) for key, ref in network.tensors.items()]
     write_checkpoint(
@@ -147,7 +150,7 @@ def _export_tensors(
     if shapes_of(written.tensors) != announced:
         raise VerificationError(f"{path}: read back, its tensors are not the ones that were written")
     return ExportRecord(
-        source=str(checkpoint.path), output=str(path), format=format, nbytes=written.nbytes, checked_with="read back"
+        source=str(checkpoint.path), output=str(path), format=format, nbytes=written.nbytes, checked_with=checked_with
     )
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lrconvert
-from lrconvert.errors import UsageError, WeightError
+from lrconvert.errors import UsageError, VerificationError, WeightError
+from lrconvert.layers.pivots import pivot
 from lrconvert.models.zoo.digits_cnn import DigitsCNN
 
 
@@ -136,6 +137,15 @@ def test_damaged_factors_are_named(files, damage):
     save_file(tensors, "damaged.safetensors", metadata)
     with pytest.raises(WeightError, match="linear: 1 of 168 values are NaN"):
         lrconvert.export("damaged.safetensors", "other.safetensors", "pivoted")
+
+
+def test_another_product_is_not_written(files, monkeypatch):
+    files(Mixed())
+    monkeypatch.setattr("lrconvert.factorization.pivot", lambda left, right: pivot(1.001 * left, right))
+    with pytest.raises(VerificationError, match=r"have another product, 1\.0e-03 away"):
+        lrconvert.export("small.safetensors", "other.safetensors", "pivoted")
+    assert not Path("other.safetensors").exists()
+    lrconvert.export("small.safetensors", "other.safetensors", "pivoted", tolerance=0.01)
 
 
 def test_a_norm_between_the_factors_stays(files):
