@@ -1,9 +1,12 @@
 """How much faster factorized convolutions run a large batch in parts than all of it at once (lrconvert.layers.parts).
 
-    python benchmarks/parts.py [--json FILE] [--rounds 9] [--models resnet50 …]
+    python benchmarks/parts.py [--json FILE] [--rounds 9] [--models resnet50 …] [--always]
 
 Both ways take turns, on the same factors, float32, in inference: single layers, and torchvision's models at a quarter
-of the full rank, beside the dense model. Images are contiguous, as they come; in channels_last nothing runs in parts.
+of the full rank, beside the dense model. Images are contiguous, as they come; in channels_last nothing runs in parts,
+nor where the environment makes malloc keep its memory, but for --always:
+
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 python benchmarks/parts.py --always --models
 """
 
 import argparse
@@ -18,6 +21,7 @@ from common import environment, interleave, ratios, save, spread, summary, table
 from torch import nn
 
 import lrconvert
+from lrconvert.layers import parts
 from lrconvert.layers.conv import LowRankConv
 from lrconvert.layers.lowrank import LowRankLayer
 
@@ -47,7 +51,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to FILE")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--models", nargs="*", default=[*MODELS], choices=[*MODELS])
+    parser.add_argument("--always", action="store_true", help="in parts also where malloc keeps its memory")
     options = parser.parse_args()
+    if options.always:
+        mock.patch.object(parts, "_gives_back", return_value=True).start()
     rows = [of_layer(*sizes, options.rounds) for sizes in LAYERS]
     rows += [of_model(name, batch, options.rounds) for name in options.models for batch in MODELS[name]]
     print(describe(rows))
