@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import skip_init
 
+from lrconvert.layers.eager import has_hooks
 from lrconvert.layers.lowrank import Factored, LowRankLayer, where
 from lrconvert.layers.norm import norm_between
-from lrconvert.layers.parts import has_hooks, run_in_parts
+from lrconvert.layers.parts import run_in_parts
 from lrconvert.layers.pivoted import PivotedConv
 
 CONV_TYPES: dict[str, type[_ConvNd]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}

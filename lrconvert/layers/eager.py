@@ -1,12 +1,21 @@
 """Whether operations just run: what a layer may do only where nobody follows it."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 
-def runs_eagerly(x: Tensor) -> bool:
-    """Whether nobody records or transforms what is done with `x`: torch.compile and export, tracing, fx, torch.func."""
+def followed() -> bool:
+    """Whether somebody records or transforms operations: torch.compile and export, torch.jit.trace, torch.func."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    transformed = torch._C._are_functorch_transforms_active()
-    return not recorded and not transformed and not isinstance(x, Proxy)
+    return recorded or torch._C._are_functorch_transforms_active()
+
+
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether what is done with `x` just runs: it is not followed, and no torch.fx graph is made of it."""
+    return not followed() and not isinstance(x, Proxy)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see what goes into `module` or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

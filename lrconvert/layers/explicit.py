@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from lrconvert.layers.attention import LowRankAttention
+from lrconvert.layers.eager import has_hooks
 from lrconvert.layers.recurrent import LowRankRecurrent
 
 
@@ -27,7 +28,7 @@ def explicit(model: nn.Module) -> Iterator[nn.Module]:
         for name, module in model.named_modules(remove_duplicate=False)
         # A subclass, or hooks, may compute something else.
         if type(module) in (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        and not (has_hooks(module) or "forward" in vars(module))
     ]
     made = {id(module): _separate(module) for _, module in replaced}
     if replaced and not replaced[0][0]:

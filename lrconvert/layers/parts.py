@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrconvert.layers.eager import runs_eagerly
 
@@ -48,11 +48,6 @@ def run_in_parts(function: Callable[[Tensor], Tensor], x: Tensor, most: Callable
         out[start : start + samples] = part
     assert out is not None
     return out
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see what goes into `module` or comes out, which is then to be all of a batch."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @cache

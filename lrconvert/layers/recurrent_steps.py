@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lrconvert.layers.eager import followed
 from lrconvert.layers.layer import factor_name
 from lrconvert.layers.lstm_steps import LSTMSteps, lstm_cell
 from lrconvert.layers.packed import packed_products, worth_packing
@@ -101,12 +102,7 @@ def _in_training(inputs: Sequence[Tensor]) -> bool:
 
 def watched() -> bool:
     """Whether somebody has to see each operation: to record it, to transform it, or to change its dtype."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()  # torch.func
-        or torch.is_autocast_enabled("cpu")
-    )
+    return followed() or torch.is_autocast_enabled("cpu")
 
 
 def _product(layer: "LowRankRecurrent", name: str, gates: int) -> Product:
