@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lrconvert.calling import calling
 from lrconvert.inputs import Inputs, examples
 from lrconvert.layers import family_of, low_rank_modules
+from lrconvert.layers.experts import pairs_routed, running
 from lrconvert.modes import evaluating, on_meta, without_fast_path
 
 MAC_CONVENTION = "matrix products and convolutions of one forward pass, batch 1"
@@ -29,7 +30,8 @@ class Trace:
 
     Attributes:
         positions: layer name to the number of output positions its weight is applied to, in execution order; a layer
-            that is called twice counts both calls. Layers that were never called are missing.
+            that is called twice counts both calls. Layers that were never called are missing. Of experts these are
+            pairs of a token and an expert that it goes to.
         macs: multiply-accumulates of the whole pass.
         halfway: name of a convolution of two dimensions to its input rows × output columns, likewise summed: the
             positions between two factors of which the first runs across and the second down.
@@ -74,6 +76,7 @@ def observe(model: nn.Module, inputs: Inputs, batch: int, modules: Iterable[nn.M
             on_meta(model),
             evaluating(model),
             countable(),
+            running(model, "batched_mm"),
             calling(model),
             FlopCounterMode(display=False) as counter,
         ):
@@ -93,7 +96,9 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
 
     def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         name = names[module]
-        positions[name] = positions.get(name, 0) + _positions(module, arguments, output)
+        pairs = pairs_routed(module, (*arguments, *named.values()))
+        here = _positions(module, arguments, output) if pairs is None else pairs
+        positions[name] = positions.get(name, 0) + here
         if isinstance(module, nn.Conv2d) and arguments:
             rows, columns = arguments[0].shape[-2], output.shape[-1]
             batch = output.numel() // math.prod(output.shape[-3:])

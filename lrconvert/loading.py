@@ -13,7 +13,7 @@ from lrconvert.hf.mark import mark
 from lrconvert.layers.pivoted import check_orders
 from lrconvert.layers.survey import tied_names
 from lrconvert.models import Architecture
-from lrconvert.network import Network, architecture_of, fit, not_loaded, own_architecture
+from lrconvert.network import Network, architecture_of, as_model_has_it, fit, not_loaded, own_architecture
 from lrconvert.rewrite import moving
 from lrconvert.surgery import plan_of
 from lrconvert.tensors import load_into, refs_of
@@ -116,7 +116,7 @@ def save(
 def _build(architecture: Architecture, checkpoint: Checkpoint) -> nn.Module:
     """The model with the checkpoint's weights, in their dtype where the constructor need not run on real parameters."""
     model = architecture.build()
-    checkpoint = fitted(checkpoint, model.state_dict())
+    checkpoint = as_model_has_it(checkpoint, model, architecture)
     model = _fill(fit(model, checkpoint, architecture.name), checkpoint)
     # Buffers that are computed by the constructor and not saved: only a real constructor makes them.
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):

@@ -14,7 +14,7 @@ from lrconvert.cost import Trace, trace
 from lrconvert.errors import CheckpointError, ModelError, PlanError, UsageError
 from lrconvert.factorization import merging
 from lrconvert.inputs import Inputs, one_input
-from lrconvert.layers import LAYOUTS, Layer
+from lrconvert.layers import COMPOSITE_KINDS, LAYOUTS, Layer
 from lrconvert.layers.survey import layers_of_module, layers_of_tensors, tied_names
 from lrconvert.models import Architecture, architecture_in, find_architecture, inputs_of_live
 from lrconvert.patterns import first_match
@@ -137,7 +137,7 @@ def _settled(layers: tuple[Layer, ...], architecture: Architecture) -> tuple[Lay
     for layer in layers:
         name = names[layer.weight]
         found = known.get(name) if name else None
-        if name is None:
+        if name is None or (found is not None and found.kind in COMPOSITE_KINDS and name != layer.weight):
             layer = replace(layer, dense_reason="merged with others when it is loaded", guess=False)
         elif found is not None and found.shape == layer.shape:
             layer = replace(found, name=layer.name, weight=layer.weight)
@@ -154,12 +154,38 @@ def _from_architecture(
     if checkpoint.quantized:
         raise CheckpointError(describe(checkpoint.path, checkpoint.quantized))
     dense = architecture.build()
-    checkpoint = fitted(checkpoint, dense.state_dict())
+    checkpoint = as_model_has_it(checkpoint, dense, architecture)
     network = replace(network, tensors=checkpoint.tensors, checkpoint=checkpoint, notes=checkpoint.notes)
     module = fit(dense, checkpoint, architecture.name)
     header = checkpoint.header
     inputs = one_input(input_shape or (header.input_shape if header else None)) or architecture.inputs
     return _with_module(replace(network, architecture=architecture), module, inputs)
+
+
+def as_model_has_it(checkpoint: Checkpoint, model: nn.Module, architecture: Architecture) -> Checkpoint:
+    """`checkpoint` with the keys of `model`, one of `architecture`, and with tensors merged or split as it has them.
+
+    A factorized checkpoint comes back as it is: its plan names its keys.
+    """
+    wanted = model.state_dict().keys()
+    checkpoint = fitted(checkpoint, wanted)
+    header = checkpoint.header
+    if architecture.converted is None or (header is not None and header.plan is not None):
+        return checkpoint
+    found = architecture.converted(model, checkpoint.tensors)
+    if found is None or len(wanted & found.keys()) <= len(wanted & checkpoint.tensors.keys()):
+        return checkpoint
+    file_of = {key: file for file, keys in checkpoint.files.items() for key in keys}
+    changed = sum(key not in found for key in checkpoint.tensors)
+    note = f"{changed} keys are read under other names, or several as one, as {architecture.name} loads them"
+    return replace(
+        checkpoint,
+        tensors={key: each.ref for key, each in found.items()},
+        files={
+            file: tuple(key for key, each in found.items() if file_of[each.source] == file) for file in checkpoint.files
+        },
+        notes=(*checkpoint.notes, note),
+    )
 
 
 def own_architecture(checkpoint: Checkpoint) -> Architecture | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lrconvert.errors import UsageError
-from lrconvert.layers import COMPOSITE_KINDS, CONV_TYPES, LAYOUTS, SPATIAL, Layer
+from lrconvert.layers import COMPOSITE_KINDS, CONV_TYPES, EXPERT_KINDS, LAYOUTS, SPATIAL, Layer
 from lrconvert.patterns import check_patterns, matches
 
 
@@ -32,7 +32,7 @@ def _split(layer: Layer, splits: Sequence[tuple[str, int]]) -> Layer:
 def can_split(layer: Layer, parts: int) -> bool:
     """Whether the outputs of `layer` may be factorized as `parts` matrices, instead of as its own groups."""
     if layer.kind in COMPOSITE_KINDS:
-        return parts == 1
+        return parts == 1 and layer.kind not in EXPERT_KINDS
     return layer.kind in ("linear", "transposed_linear") and layer.layout.stacked(layer.shape) % parts == 0
 
 

@@ -7,9 +7,14 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from transformers import GptOssConfig, MixtralConfig, MuseSparkTextConfig, NemotronHConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.pytorch_utils import Conv1D
 
-from lrconvert.layers import FAMILIES, LAYOUTS
+from lrconvert.layers import EXPERT_KINDS, FAMILIES, LAYOUTS
 from lrconvert.layers.recurrent import RECURRENT_TYPES
 from lrconvert.layers.survey import layers_of_module
 from lrconvert.plan import LayerPlan, Plan
@@ -35,6 +40,7 @@ def modules(draw, kinds=KINDS):
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     make = _linear if kind in ("linear", "transposed_linear") else _conv if "conv" in kind else None
+    make = make or (_experts if kind in EXPERT_KINDS else None)
     make = make or {"embedding": _embedding, "attention": _attention}.get(kind, _recurrent)
     module, call = make(draw, kind, dtype)
     return Drawn(kind, module.to(dtype), call, dtype)
@@ -58,7 +64,8 @@ def plans(draw, module, full_rank=False, norm=False):
     chosen = layers if full_rank else draw(st.lists(st.sampled_from(layers), min_size=1, unique=True))
     decisions = []
     for layer in chosen:
-        groups = draw(st.sampled_from([1, layer.groups])) if "conv" not in layer.kind else layer.groups
+        stacks = "conv" in layer.kind or layer.kind in EXPERT_KINDS
+        groups = layer.groups if stacks else draw(st.sampled_from([1, layer.groups]))
         if layer.kind in ("linear", "transposed_linear"):
             parts = [parts for parts in (1, 2, 3) if layer.layout.stacked(layer.shape) % parts == 0]
             groups = draw(st.sampled_from(parts))
@@ -156,6 +163,39 @@ def _attention(draw, kind, dtype):
         return out.reshape(-1) if weights is None else torch.cat([out.reshape(-1), weights.reshape(-1)])
 
     return layer, call
+
+
+# Experts of transformers, the configuration of each: with and without biases, a gate, and a norm behind them.
+EXPERTS = {
+    "experts": [
+        (MixtralExperts, MixtralConfig, {"num_local_experts": "experts", "intermediate_size": "inner"}),
+        (NemotronHExperts, NemotronHConfig, {"n_routed_experts": "experts", "moe_intermediate_size": "inner"}),
+        (
+            MuseSparkExperts,
+            MuseSparkTextConfig,
+            {"num_local_experts": "experts", "moe_intermediate_size": "inner", "moe_hidden_size": "hidden"},
+        ),
+    ],
+    "transposed_experts": [
+        (GptOssExperts, GptOssConfig, {"num_local_experts": "experts", "intermediate_size": "inner"}),
+    ],
+}
+
+
+def _experts(draw, kind, dtype):
+    make, config, names = draw(st.sampled_from(EXPERTS[kind]))
+    sizes = {"experts": draw(st.integers(2, 5)), "inner": draw(st.integers(1, 7)), "hidden": draw(st.integers(1, 9))}
+    settings = config()
+    for name, size in {"hidden_size": "hidden", **names}.items():
+        setattr(settings, name, sizes[size])
+    settings._experts_implementation = draw(st.sampled_from(["eager", "batched_mm"]))
+    layer = make(settings)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    tokens, chosen = draw(st.integers(1, 6)), draw(st.integers(1, sizes["experts"]))
+    x, shares = torch.randn(tokens, sizes["hidden"], dtype=dtype), torch.rand(tokens, chosen, dtype=dtype)
+    indices = torch.rand(tokens, sizes["experts"]).argsort(dim=1)[:, :chosen]
+    return layer, lambda module: module(x, indices, shares)
 
 
 def _recurrent(draw, kind, dtype):

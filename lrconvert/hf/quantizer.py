@@ -16,6 +16,7 @@ from lrconvert import __version__
 from lrconvert.checkpoints.header import KEY, Header
 from lrconvert.checkpoints.hf_config import METHOD, from_config, to_config
 from lrconvert.errors import PlanError
+from lrconvert.layers import EXPERT_KINDS
 from lrconvert.layers.pivoted import check_orders
 from lrconvert.models.huggingface_keys import renamed
 from lrconvert.plan import Plan
@@ -78,6 +79,7 @@ class LrconvertQuantizer(HfQuantizer):  # type: ignore[misc]
         return state, {KEY: header.model_dump_json(exclude_defaults=True)}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        _as_it_was(model)
         return merge_module(model)
 
     def is_serializable(self) -> bool:
@@ -111,6 +113,7 @@ def mark_pretrained(model: Any) -> None:
         attach(model, LrconvertQuantizer(_config_of(plan)))
     elif own:
         model.hf_quantizer.remove_quantization_config(model)
+        _as_it_was(model)
 
 
 def attach(model: Any, quantizer: LrconvertQuantizer) -> None:
@@ -123,6 +126,15 @@ def attach(model: Any, quantizer: LrconvertQuantizer) -> None:
     for module in model.modules():
         if getattr(getattr(module, "config", None), "_is_quantized", False):
             module.config._is_quantized = False
+    if any(layer.kind in EXPERT_KINDS for layer in quantizer.quantization_config.plan.layers):
+        # It would take factors of experts for the experts themselves, and split them for the file.
+        model._weight_conversions = []
+
+
+def _as_it_was(model: Any) -> None:
+    """Have a model that is dense again saved in its original format."""
+    if getattr(model, "_weight_conversions", None) == []:
+        model._weight_conversions = None
 
 
 def _config_of(plan: Plan) -> LrconvertConfig:

@@ -8,7 +8,8 @@ from torch import nn
 from lrconvert.layers.attention import SEPARATE, LowRankAttention
 from lrconvert.layers.conv import CONV_TYPES, TRANSPOSED_TYPES, LowRankConv, LowRankConvTranspose
 from lrconvert.layers.embedding import LowRankEmbedding
-from lrconvert.layers.layer import COMPOSITE_KINDS, Evidence, Layer
+from lrconvert.layers.experts import LowRankExperts, expert_weights, is_experts
+from lrconvert.layers.layer import COMPOSITE_KINDS, EXPERT_KINDS, Evidence, Layer
 from lrconvert.layers.layout import LAYOUTS, SPATIAL, View
 from lrconvert.layers.linear import LowRankLinear
 from lrconvert.layers.lowrank import Factored, LowRank, low_rank_modules
@@ -17,6 +18,7 @@ from lrconvert.layers.recurrent import GATES, RECURRENT_TYPES, LowRankRecurrent
 __all__ = [
     "COMPOSITE_KINDS",
     "CONV_TYPES",
+    "EXPERT_KINDS",
     "FAMILIES",
     "LAYOUTS",
     "SPATIAL",
@@ -81,6 +83,9 @@ def family_of(module: nn.Module) -> Family | None:
     """The family whose dense class `module` is an instance of, or None."""
     if _is_transposed_linear(module):
         return Family("transposed_linear", type(module), LowRankLinear)
+    if is_experts(module):
+        kind = "transposed_experts" if module.is_transposed else "experts"
+        return Family(kind, type(module), LowRankExperts, expert_weights)
     return next((family for family in FAMILIES.values() if isinstance(module, family.dense)), None)
 
 

@@ -1,4 +1,4 @@
-"""The module in the place of one that owns several weights: a recurrent one, or attention."""
+"""The module in the place of one that owns several weights: a recurrent one, attention, or a mixture of experts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from lrconvert.layers.lowrank import Factored, LowRank, where
 
 
 class LowRankComposite(LowRank):
-    """In the place of a module with several weights: each is a parameter, as it was, or a factorized linear layer.
+    """In the place of a module with several weights: each is a parameter, as it was, or a child with its factors.
 
     The factors of "weight_ih_l0" are the child `ih_l0`, those of "in_proj_weight" are `in_proj`.
     """
@@ -21,9 +21,13 @@ class LowRankComposite(LowRank):
         super().__init__(dense, wanted)
         for name, parameter in dense.named_parameters(recurse=False):
             if name in wanted:
-                setattr(self, factor_name(name), LinearFactors(wanted[name], False, where(parameter)))
+                setattr(self, factor_name(name), self.new_factors(wanted[name], where(parameter)))
             else:
                 self.register_parameter(name, nn.Parameter(torch.empty_like(parameter)))
+
+    def new_factors(self, factored: Factored, place: Mapping[str, Any]) -> nn.Module:
+        """An uninitialised child with the factors of one weight, on the device and in the dtype that `place` says."""
+        return LinearFactors(factored, False, place)
 
     def counterparts(self, parameter: str) -> tuple[str, ...]:
         """Both factors for a factorized weight; for all else the parameter of the same name, or a child's."""

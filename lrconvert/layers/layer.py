@@ -15,8 +15,10 @@ from lrconvert.layers.layout import Layout, View, layout_for
 Ranks = TypeVar("Ranks", int, npt.NDArray[np.float64])
 Evidence = Literal["module", "shape"]
 
+# Mixtures of experts: the weights of all experts in one tensor.
+EXPERT_KINDS = frozenset({"experts", "transposed_experts"})
 # Kinds whose module owns several weights and is replaced as a whole.
-COMPOSITE_KINDS = frozenset({"lstm", "gru", "rnn", "attention"})
+COMPOSITE_KINDS = frozenset({"lstm", "gru", "rnn", "attention"}) | EXPERT_KINDS
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Layer:
         kind: a factorizable kind ("linear", "conv2d") or, for any other weight, a word for what it is ("norm").
         shape: shape of the weight as it is stored.
         groups: matrices in the weight, each factorized on its own at one common rank: the groups of a convolution, the
-            gates of a recurrent layer, or the queries, keys and values of a packed projection.
+            gates of a recurrent layer, the queries, keys and values of a packed projection, or experts.
         dense_reason: why the layer stays dense at any rank; empty when it can be factorized.
         evidence: "module" when a model settled the kind, "shape" when it was read from names and shapes alone.
         tied_head: whether the weight is that of an embedding and of the linear layer after it, the classifier.
@@ -66,8 +68,8 @@ class Layer:
 
     @property
     def unit(self) -> str:
-        """What counts as one layer in a network's depth: all weights of one recurrent layer, or of one attention."""
-        if self.kind not in COMPOSITE_KINDS or self.kind == "attention":
+        """What counts as one layer in a network's depth: all weights of one recurrent layer, attention or mixture."""
+        if self.kind not in ("lstm", "gru", "rnn"):
             return self.owner
         number = re.search(r"_l\d+", self.name.rpartition(".")[2])
         return f"{self.owner}{number[0]}" if number else self.name
@@ -110,14 +112,19 @@ class Layer:
         return self.groups * rank * (sum(self.matrix_shape) - pivots + (2 if self.norm else 0))
 
     def macs(self, positions: int) -> int:
-        """Multiply-accumulates of the dense layer, at `positions` tokens, pixels or steps; a table is looked up."""
-        return 0 if self.kind == "embedding" else positions * self.num_params
+        """Multiply-accumulates of the dense layer, at `positions` tokens, pixels or steps; a table is looked up.
+
+        Of experts, positions are pairs of a token and an expert that it goes to.
+        """
+        if self.kind == "embedding":
+            return 0
+        return positions * self.num_params // (self.groups if self.kind in EXPERT_KINDS else 1)
 
     def low_rank_macs(self, positions: int, rank: Ranks, halfway: int | None = None) -> Ranks | None:
         """Multiply-accumulates of the two factors.
 
         Args:
-            positions: tokens, pixels or time steps that the weight is applied to.
+            positions: tokens, pixels or time steps that the weight is applied to; see `macs` for experts.
             rank: per group, or several.
             halfway: of a convolution of two dimensions, input rows × output columns: where `u` of the spatial view
                 runs. None, if not known, makes the answer None in that view.
@@ -126,7 +133,8 @@ class Layer:
             return positions * rank * self.shape[1]
         rows, columns = self.matrix_shape
         if self.view == "channel":
-            return positions * self.groups * rank * (rows + columns - (rank if self.pivoted else 0))
+            groups = 1 if self.kind in EXPERT_KINDS else self.groups
+            return positions * groups * rank * (rows + columns - (rank if self.pivoted else 0))
         return None if halfway is None else rank * (halfway * columns + positions * rows)
 
     def factor_path(self, factor: Literal["u", "bn", "v"]) -> str:

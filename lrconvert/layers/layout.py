@@ -162,6 +162,51 @@ class Table(Layout):
         return u[None], v.mT[None]
 
 
+class Experts(Layout):
+    """Weights of a mixture of experts, (experts, out, in): a matrix each, and so are their factors."""
+
+    def matrix_shape(self, shape: Shape, groups: int) -> tuple[int, int]:
+        """(out, in)."""
+        return shape[1], shape[2]
+
+    def matrices(self, weight: Tensor, groups: int) -> Tensor:
+        """The weight itself."""
+        return weight
+
+    def weight(self, matrices: Tensor, shape: Shape) -> Tensor:
+        """The matrices themselves."""
+        return matrices
+
+    def factor_shapes(self, shape: Shape, groups: int, rank: int) -> tuple[Shape, Shape]:
+        """(experts, rank, in) and (experts, out, rank)."""
+        rows, columns = self.matrix_shape(shape, groups)
+        return (shape[0], rank, columns), (shape[0], rows, rank)
+
+    def pair(self, left: Tensor, right: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """The right factor is applied first."""
+        return right, left
+
+    def factors(self, u: Tensor, v: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """The inverse of `pair`."""
+        return v, u
+
+
+class ExpertsInFirst(Experts):
+    """The same stored (experts, in, out); the factors are stored out first."""
+
+    def matrix_shape(self, shape: Shape, groups: int) -> tuple[int, int]:
+        """(out, in)."""
+        return shape[2], shape[1]
+
+    def matrices(self, weight: Tensor, groups: int) -> Tensor:
+        """(experts, out, in) view."""
+        return weight.mT
+
+    def weight(self, matrices: Tensor, shape: Shape) -> Tensor:
+        """The (experts, in, out) weight."""
+        return matrices.mT
+
+
 # By kind of layer; every other kind of weight is seen out first, for its shape only.
 LAYOUTS: dict[str, Layout] = {
     "linear": Layout(2),
@@ -176,6 +221,8 @@ LAYOUTS: dict[str, Layout] = {
     "conv_transpose1d": TransposedConv(3),
     "conv_transpose2d": TransposedConv(4),
     "conv_transpose3d": TransposedConv(5),
+    "experts": Experts(3),
+    "transposed_experts": ExpertsInFirst(3),
     "embedding": Table(2, grouped=False),
 }
 OTHER = Layout()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from lrconvert.layers import LAYOUTS, Family, Layer, family_of
+from lrconvert.layers import EXPERT_KINDS, LAYOUTS, Family, Layer, family_of
 from lrconvert.layers.attention import SEPARATE
 
 # Subclasses with a forward of their own that computes what their base class does.
@@ -111,9 +111,12 @@ def _computes_like(module: nn.Module, family: Family) -> bool:
     )
     if own:
         return False
-    parameters = dict(module.named_parameters())
+    parameters, weights = dict(module.named_parameters()), family.weights(module)
     known = {"weight", "bias", *_ATTENTION, *getattr(module, "_flat_weights_names", ())}
-    return all(path in parameters for path in family.weights(module)) and known.issuperset(module.state_dict())
+    if family.kind in EXPERT_KINDS:
+        known = {*weights, *(f"{name}_bias" for name in weights)}
+        known |= {name for name in parameters if name.startswith("post_expert_norm.")}
+    return all(path in parameters for path in weights) and known.issuperset(module.state_dict())
 
 
 # What nn.MultiheadAttention holds.

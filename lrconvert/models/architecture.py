@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +13,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lrconvert.errors import ModelError
 from lrconvert.inputs import Inputs
+from lrconvert.tensors import TensorRef
+
+
+class Converted(NamedTuple):
+    """A tensor as a model has it, and the key in the checkpoint of what it is made of, the first of several."""
+
+    ref: TensorRef
+    source: str
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Architecture:
         inputs: what the model is called with, where the source knows it.
         renamed: from the model and the keys of a checkpoint, the keys that the model has for them; None for tensors
             that are merged with others on loading. Only of sources that do such things.
+        converted: from the model and the tensors of a dense checkpoint, what the source makes of them on loading, under
+            the model's keys; None where they are so already. Only of sources that do such things.
         from_folder: loads a folder in the source's own way, for checkpoints that do not have the model's keys.
         as_graph: while this context lasts, the model's forward is one that can be exported.
     """
@@ -35,6 +45,7 @@ class Architecture:
     factory: Callable[..., nn.Module]
     inputs: Inputs | None = None
     renamed: Callable[[nn.Module, Iterable[str]], Mapping[str, str | None]] | None = None
+    converted: Callable[[nn.Module, Mapping[str, TensorRef]], Mapping[str, Converted] | None] | None = None
     from_folder: Callable[[Path], nn.Module] | None = None
     as_graph: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext
 

@@ -18,9 +18,10 @@ from torch import nn
 
 from lrconvert.errors import ModelError
 from lrconvert.inputs import Inputs
+from lrconvert.layers.experts import running
 from lrconvert.models.architecture import Architecture
 from lrconvert.models.huggingface_inputs import inputs_of
-from lrconvert.models.huggingface_keys import renamed
+from lrconvert.models.huggingface_keys import converted, renamed
 
 CONFIG = "config.json"
 # How a header names the architecture: "hf/BertModel" with the configuration among its arguments.
@@ -69,6 +70,7 @@ def architecture(name: str, args: Mapping[str, Any]) -> Architecture:
         partial(_build, found, config),
         inputs_of(found, config),
         renamed,
+        converted,
         partial(_from_folder, found),
         as_graph,
     )
@@ -101,7 +103,8 @@ def as_graph(model: nn.Module) -> Iterator[None]:
     """While it lasts, `model` can be exported.
 
     It keeps no cache: a cache is an object, and a graph returns tensors only. Attention is spelled out: torch takes
-    apart the fused one of T5 into a graph that does not run (views of what is not contiguous).
+    apart the fused one of T5 into a graph that does not run (views of what is not contiguous). Experts are chosen by
+    looking up their weights: a graph cannot depend on how many tokens go to each.
     """
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     wanted = {"use_cache": (True, False), "_attn_implementation": ("sdpa", "eager")}
@@ -112,7 +115,8 @@ def as_graph(model: nn.Module) -> Iterator[None]:
                 changed.append((config, name, before))
                 setattr(config, name, while_exported)
     try:
-        yield
+        with running(model, "batched_mm"):
+            yield
     finally:
         for config, name, before in changed:
             setattr(config, name, before)

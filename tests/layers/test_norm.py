@@ -19,14 +19,14 @@ from lrconvert.cost import trace
 from lrconvert.errors import PlanError
 from lrconvert.factorization import factorizing, merging
 from lrconvert.inputs import one_input
-from lrconvert.layers import LAYOUTS
+from lrconvert.layers import COMPOSITE_KINDS, LAYOUTS
 from lrconvert.layers.norm import EPS
 from lrconvert.plan import LayerPlan, Plan
 from lrconvert.rewrite import layout_of, run
 from lrconvert.surgery import factorize_module, merge_module, plan_of, reshape
 from lrconvert.tensors import refs_of
 
-KINDS = sorted(set(LAYOUTS) - {"lstm", "gru", "rnn", "attention", "embedding"})
+KINDS = sorted(LAYOUTS.keys() - COMPOSITE_KINDS - {"embedding"})
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
