@@ -18,7 +18,7 @@ from lrconvert.allocation import FloatArray
 from lrconvert.errors import UsageError
 from lrconvert.heads import Head
 from lrconvert.inputs import Call
-from lrconvert.layers import COMPOSITE_KINDS, Layer
+from lrconvert.layers import COMPOSITE_KINDS, EXPERT_KINDS, Layer
 from lrconvert.layers.explicit import explicit
 from lrconvert.modes import at_rest
 from lrconvert.moments import summed_products, wide
@@ -31,6 +31,8 @@ from lrconvert.response import Response
 _POSITIONS, _FEWEST = 16, 4096
 # Bytes of second moments that are collected in one go; where all layers need more, the calls are repeated.
 _MEMORY = 4 << 30
+# Second moments of what experts that were never seen might meet, beside those that were.
+_LITTLE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,10 @@ class _Moments:
         weights = torch.where(mean > 0, (1 + weights / mean) / 2, 1.0) / self.projections
         self._add(seen, weights, groups)
         if not self.rows_side:
-            arrived = arrived @ self.layer.layout.matrices(product.weight.detach(), len(seen)).to(arrived.dtype)
+            weight = product.weight.detach()
+            expert = self.layer.kind in EXPERT_KINDS
+            matrices = weight[None] if expert else self.layer.layout.matrices(weight, len(seen))
+            arrived = arrived @ matrices.to(arrived.dtype)
         self.backward_sum[groups] += summed_products(arrived, arrived)
 
     def _add(self, seen: Tensor, weights: Tensor, groups: slice) -> None:
@@ -234,6 +239,8 @@ class _Moments:
 
     def response(self, weight: Tensor, examples: int) -> Response | None:
         """The response, if anything was seen; `weight` is the layer's."""
+        if self.layer.kind in EXPERT_KINDS:
+            self._expect_little_of_unseen(weight)
         if self.unreadable or not bool((self.positions > 0).all()) or (self.two_sided and not self.reached):
             return None
         name, kept = self.layer.name, self.kept[:, None, None]
@@ -253,6 +260,21 @@ class _Moments:
             return Response(name, "columns", self.forward_sum / kept, self.backward_sum * an_example, mean)
         matrices = self.layer.layout.matrices(weight.detach().double().cpu(), self.layer.groups)
         return Response(name, "columns", self.forward_sum / kept, matrices.mT @ matrices, mean)
+
+    def _expect_little_of_unseen(self, weight: Tensor) -> None:
+        """For experts that no token went to: inputs that are all alike, and so small that they decide nothing.
+
+        Their factors are then those of the weight alone.
+        """
+        unseen = self.positions == 0
+        if not bool(unseen.any()) or bool(unseen.all()):
+            return
+        matrices = self.layer.layout.matrices(weight.detach().double().cpu(), self.layer.groups)[unseen]
+        own = matrices @ matrices.mT if self.rows_side else matrices.mT @ matrices
+        alike = torch.eye(own.shape[1], dtype=own.dtype).expand_as(own)
+        forward, backward = (own, alike) if self.rows_side else (alike, own)
+        self.forward_sum[unseen], self.backward_sum[unseen] = _LITTLE * forward, _LITTLE * backward
+        self.positions[unseen] = self.kept[unseen] = 1
 
 
 class _Watch(TorchFunctionMode):
@@ -312,13 +334,15 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_part(weight: Tensor, owner: Tensor, layer: Layer) -> bool:
-    """Whether `weight` is `owner`, or a third of packed projections; and not its transpose, or some of its rows."""
+    """Whether `weight` is `owner`, a third of packed projections, or an expert; not its transpose, or some rows."""
+    if layer.kind in EXPERT_KINDS:
+        return tuple(weight.shape) == layer.matrix_shape
     third = layer.kind == "attention" and len(weight) * 3 == len(owner) and weight.stride() == owner.stride()
     return weight is owner or (third and weight.shape[1:] == owner.shape[1:])
 
 
 def _groups(weight: Tensor, owner: Tensor, layer: Layer) -> slice:
-    """Which matrices of a layer the tensor `weight` holds: all, or those of a part of packed projections.
+    """Which matrices of a layer the tensor `weight` holds: all, or those of a part of projections or experts.
 
     Projections that are taken together are one matrix, of which a part has all columns: the smaller side.
     """

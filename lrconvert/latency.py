@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lrconvert.bench import FEWEST_TURNS, MOST_TURNS, Bench
 from lrconvert.layers import Layer
 from lrconvert.plan import Plan
-from lrconvert.single_layers import Arguments, alike, calls_of, copy_of, random_block, with_data
+from lrconvert.single_layers import Arguments, alike, calls_of, choices, copy_of, random_block, with_data
 from lrconvert.timer import times_in_turns
 
 # Times are taken at multiples of this. Vector units and tensor cores work on so many numbers at once, or fewer: with
@@ -172,7 +172,7 @@ class _Stack:
         channels_last = self.bench.channels_last
         copy = copy_of(self.module, ranks, self.block, channels_last).eval()
         like = next(copy.parameters())
-        return _Run(copy, [with_data(call, like, channels_last) for call in self.calls])
+        return _Run(copy, [with_data(call, like, channels_last, choices=choices(copy)) for call in self.calls])
 
 
 @dataclass(frozen=True)

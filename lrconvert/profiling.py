@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from lrconvert.inputs import Inputs
 from lrconvert.layers import Layer
 from lrconvert.plan import units
-from lrconvert.single_layers import Arguments, alike, calls_of, copy_of, random_block, with_data
+from lrconvert.single_layers import Arguments, alike, calls_of, choices, copy_of, random_block, with_data
 from lrconvert.timer import times_in_turns
 
 
@@ -156,7 +156,7 @@ class _Step:
         self.module, self.autocast = module, autocast
         weight = next(module.parameters())
         self.device = weight.device
-        self.arguments, self.named = with_data(call, weight, channels_last, requires_grad=True)
+        self.arguments, self.named = with_data(call, weight, channels_last, requires_grad=True, choices=choices(module))
         self.gradients: list[Tensor] = []
 
     def __call__(self) -> None:

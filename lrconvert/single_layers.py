@@ -87,10 +87,18 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module.get_submodule(path), leaf, tensor)
 
 
-def with_data(call: Arguments, like: Tensor, channels_last: bool = False, requires_grad: bool = False) -> Arguments:
+def choices(module: nn.Module) -> int:
+    """How many things a whole number among the arguments of `module` may name: experts, or 1 where that is all one."""
+    return int(getattr(module, "num_experts", 1))
+
+
+def with_data(
+    call: Arguments, like: Tensor, channels_last: bool = False, requires_grad: bool = False, choices: int = 1
+) -> Arguments:
     """`call` with random tensors, of the floating dtype and on the device of `like`, in the place of those without.
 
-    What was one tensor stays one tensor; whole numbers are zeros; anything that is no tensor comes back as it is.
+    What was one tensor stays one tensor; whole numbers go through all `choices` again and again, 0 where there is one;
+    anything that is no tensor comes back as it is.
     """
     made: dict[int, Tensor] = {}
 
@@ -98,16 +106,16 @@ def with_data(call: Arguments, like: Tensor, channels_last: bool = False, requir
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) not in made:
-            made[id(leaf)] = _random_like(leaf, like, channels_last, requires_grad)
+            made[id(leaf)] = _random_like(leaf, like, channels_last, requires_grad, choices)
         return made[id(leaf)]
 
     filled: Arguments = tree_map(fill, call)
     return filled
 
 
-def _random_like(leaf: Tensor, like: Tensor, channels_last: bool, requires_grad: bool) -> Tensor:
+def _random_like(leaf: Tensor, like: Tensor, channels_last: bool, requires_grad: bool, choices: int) -> Tensor:
     if not leaf.is_floating_point():
-        return torch.zeros(leaf.shape, dtype=leaf.dtype, device=like.device)
+        return (torch.arange(leaf.numel(), device=like.device) % choices).to(leaf.dtype).reshape(leaf.shape)
     tensor = torch.randn(leaf.shape, dtype=like.dtype, device=like.device)
     if channels_last and tensor.dim() == 4:
         tensor = tensor.contiguous(memory_format=torch.channels_last)

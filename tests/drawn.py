@@ -165,36 +165,50 @@ def _attention(draw, kind, dtype):
     return layer, call
 
 
-# Experts of transformers, the configuration of each: with and without biases, a gate, and a norm behind them.
-EXPERTS = {
-    "experts": [
-        (MixtralExperts, MixtralConfig, {"num_local_experts": "experts", "intermediate_size": "inner"}),
-        (NemotronHExperts, NemotronHConfig, {"n_routed_experts": "experts", "moe_intermediate_size": "inner"}),
-        (
-            MuseSparkExperts,
-            MuseSparkTextConfig,
-            {"num_local_experts": "experts", "moe_intermediate_size": "inner", "moe_hidden_size": "hidden"},
-        ),
-    ],
-    "transposed_experts": [
-        (GptOssExperts, GptOssConfig, {"num_local_experts": "experts", "intermediate_size": "inner"}),
-    ],
-}
-
-
-def _experts(draw, kind, dtype):
-    make, config, names = draw(st.sampled_from(EXPERTS[kind]))
-    sizes = {"experts": draw(st.integers(2, 5)), "inner": draw(st.integers(1, 7)), "hidden": draw(st.integers(1, 9))}
+def _experts_like(make, config, implementation="eager", **sizes):
+    """Experts of transformers in random numbers; `sizes` are attributes of their configuration."""
     settings = config()
-    for name, size in {"hidden_size": "hidden", **names}.items():
-        setattr(settings, name, sizes[size])
-    settings._experts_implementation = draw(st.sampled_from(["eager", "batched_mm"]))
+    for name, size in sizes.items():
+        setattr(settings, name, size)
+    settings._experts_implementation = implementation
     layer = make(settings)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
-    tokens, chosen = draw(st.integers(1, 6)), draw(st.integers(1, sizes["experts"]))
-    x, shares = torch.randn(tokens, sizes["hidden"], dtype=dtype), torch.rand(tokens, chosen, dtype=dtype)
-    indices = torch.rand(tokens, sizes["experts"]).argsort(dim=1)[:, :chosen]
+    return layer
+
+
+def experts_of_mixtral(hidden, inner, experts, **settings):
+    """With a gate."""
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_local_experts": experts}
+    return _experts_like(MixtralExperts, MixtralConfig, **sizes, **settings)
+
+
+def experts_of_gpt_oss(hidden, inner, experts, **settings):
+    """With biases, a gate of its own kind, and weights that are stored (experts, in, out)."""
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_local_experts": experts}
+    return _experts_like(GptOssExperts, GptOssConfig, **sizes, **settings)
+
+
+def _experts_of_nemotron(hidden, inner, experts, **settings):
+    """Without a gate."""
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": inner, "n_routed_experts": experts}
+    return _experts_like(NemotronHExperts, NemotronHConfig, **sizes, **settings)
+
+
+def _experts_of_muse(hidden, inner, experts, **settings):
+    """With a norm behind every expert."""
+    sizes = {"moe_hidden_size": hidden, "moe_intermediate_size": inner, "num_local_experts": experts}
+    return _experts_like(MuseSparkExperts, MuseSparkTextConfig, **sizes, **settings)
+
+
+def _experts(draw, kind, dtype):
+    makes = [experts_of_mixtral, _experts_of_nemotron, _experts_of_muse] if kind == "experts" else [experts_of_gpt_oss]
+    hidden, experts = draw(st.integers(1, 9)), draw(st.integers(2, 5))
+    implementation = draw(st.sampled_from(["eager", "batched_mm"]))
+    layer = draw(st.sampled_from(makes))(hidden, draw(st.integers(1, 7)), experts, implementation=implementation)
+    tokens, chosen = draw(st.integers(1, 6)), draw(st.integers(1, experts))
+    x, shares = torch.randn(tokens, hidden, dtype=dtype), torch.rand(tokens, chosen, dtype=dtype)
+    indices = torch.rand(tokens, experts).argsort(dim=1)[:, :chosen]
     return layer, lambda module: module(x, indices, shares)
 
 

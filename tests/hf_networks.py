@@ -5,6 +5,8 @@ import transformers
 
 TEXT = {"vocab_size": 99, "max_position_embeddings": 32}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+HEADS = {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
 def _clip():
@@ -58,6 +60,18 @@ NETWORKS = {
         )
     ),
     "clip": lambda: transformers.CLIPModel(_clip()),
+    # Mixtures of experts: apart in the file, together in it with the inputs first, and under another name in it.
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**TEXT, **SIZES, **HEADS, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            **{**TEXT, **SIZES, **HEADS}, head_dim=16, num_local_experts=4, num_experts_per_tok=2, rope_parameters=ROPE
+        )
+    ),
+    "granite_moe": lambda: transformers.GraniteMoeForCausalLM(
+        transformers.GraniteMoeConfig(**TEXT, **SIZES, **HEADS, num_local_experts=4, num_experts_per_tok=2)
+    ),
 }
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from drawn import modules, plans
+from drawn import experts_of_gpt_oss, experts_of_mixtral, modules, plans
 from helpers import assert_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -17,12 +17,13 @@ from lrconvert.inputs import Call
 from lrconvert.layers import LAYOUTS
 from lrconvert.layers.survey import layers_of_module
 from lrconvert.plan import LayerPlan, Plan
+from lrconvert.spectrum import factors_of
 from lrconvert.surgery import factorize_module
 
 # oneDNN says so where it has no kernel of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
-KINDS = sorted(kind for kind in LAYOUTS if kind != "embedding" and "transpose" not in kind)
+KINDS = sorted(kind for kind in LAYOUTS if kind != "embedding" and not kind.startswith("conv_transpose"))
 ONE_WEIGHT = ["conv1d", "conv2d", "conv3d", "linear"]
 
 
@@ -127,6 +128,31 @@ def test_a_recurrent_layer_meets_its_inputs_and_its_own_states(kind):
             signal, mean = linear_response(weight, inputs.flatten(0, 1))
             assert_close(response.signal[group], signal, 1e-10)
             assert_close(response.mean[group], mean, 1e-10)
+
+
+@pytest.mark.parametrize("inner", [5, 8])  # fewer outputs than inputs, and more
+@pytest.mark.parametrize("experts", [experts_of_mixtral, experts_of_gpt_oss])
+def test_every_expert_meets_its_own_tokens(experts, inner):
+    torch.manual_seed(0)
+    module = experts(12, inner, 4).double().eval()
+    tokens, shares = torch.randn(30, 12).double(), torch.rand(30, 2).double()
+    chosen = torch.rand(30, 3).argsort(dim=1)[:, :2]  # nobody goes to the last expert
+    model = Calls(type("Drawn", (), {"module": module, "call": lambda module: module(tokens, chosen, shares)}))
+    layer = layers_of_module(model)[0]
+    weights = layer.layout.matrices(module.gate_up_proj.detach(), 4)
+    response = calibrate(model, [layer], [Call((), {}, 1)], two_sided=False).responses[layer.name]
+    for expert in range(3):
+        x = tokens[(chosen == expert).any(1)]
+        found = response.signal if response.side == "rows" else response.metric
+        signal, _ = linear_response(weights[expert], x)
+        assert_close(found[expert], signal if response.side == "rows" else x.T @ x / len(x), 1e-10)
+    # The one that was never seen gets the factors of its weight alone, and takes no part in the choice of ranks.
+    plain = factors_of(weights[3:], 4, layer.name)
+    two_sided = calibrate(model, [layer], [Call((), {}, 1)]).responses[layer.name]
+    for each in (response, two_sided):
+        u, v, _ = each.factors(weights, 4)
+        assert_close((v @ u)[3], (plain[1] @ plain[0])[0], 1e-6)
+        assert each.spectrum.values[3].max() < 1e-3 * each.spectrum.values[:3].max()
 
 
 @pytest.mark.parametrize("projections", [1, 3])

@@ -47,6 +47,8 @@ def compare(
             model, model_args = named[0].model, named[0].model_args
             input_shape = input_shape or named[0].input_shape
     networks = [open_network(file, model, model_args, input_shape) for file in files]
+    # As the model has their tensors, where there is one.
+    files = networks[0].checkpoint or files[0], networks[1].checkpoint or files[1]
     keys = [_dense_keys(file) for file in files]
     shared = [key for key in keys[0] if key in keys[1]]
     if not shared:

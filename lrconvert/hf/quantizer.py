@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -16,6 +17,7 @@ from lrconvert import __version__
 from lrconvert.checkpoints.header import KEY, Header
 from lrconvert.checkpoints.hf_config import METHOD, from_config, to_config
 from lrconvert.errors import PlanError
+from lrconvert.factorization import replacements
 from lrconvert.layers import EXPERT_KINDS
 from lrconvert.layers.pivoted import check_orders
 from lrconvert.models.huggingface_keys import renamed
@@ -50,6 +52,17 @@ class LrconvertQuantizer(HfQuantizer):  # type: ignore[misc]
     """Reshapes a model before its weights are loaded, and says how it is saved."""
 
     quantization_config: LrconvertConfig
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """What transformers makes of a file's tensors, but for what would make something of the factors of experts."""
+        experts = [layer for layer in self.quantization_config.plan.low_rank if layer.kind in EXPERT_KINDS]
+        factors = [key for layer in experts for key in replacements(layer)]
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return [
+            each
+            for each in conversions
+            if not isinstance(each, WeightConverter) or not any(each.rename_source_key(key)[1] for key in factors)
+        ]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         plan = _renamed(self.quantization_config.plan, model)

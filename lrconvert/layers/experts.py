@@ -30,9 +30,7 @@ def expert_weights(module: Any) -> dict[str, int]:
     """By name, the number of matrices in each weight of experts; none where they are not stacked."""
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     found = {name: getattr(module, name, None) for name in names}
-    return {
-        name: len(weight) for name, weight in found.items() if isinstance(weight, Tensor) and weight.dim() == 3
-    }
+    return {name: len(weight) for name, weight in found.items() if isinstance(weight, Tensor) and weight.dim() == 3}
 
 
 @contextmanager
@@ -41,7 +39,7 @@ def running(model: nn.Module, implementation: str) -> Iterator[None]:
 
     With "batched_mm" every token gets a copy of its experts: slow, but nothing depends on the numbers in a tensor.
     """
-    configs = {id(module.config): module.config for module in model.modules() if is_experts(module)}
+    configs: dict[int, Any] = {id(module.config): module.config for module in model.modules() if is_experts(module)}
     before = [(config, config._experts_implementation) for config in configs.values()]
     try:
         for config, _ in before:
@@ -153,7 +151,8 @@ class LowRankExperts(LowRankComposite):
             routing = _Routing(experts, None)
             x = hidden_states.repeat_interleave(chosen, dim=0)
         x = self._multiplied("gate_up_proj" if self.has_gate else "up_proj", x, routing)
-        x = type(self._skeleton[0])._apply_gate(self, x) if self.has_gate else self.act_fn(x)  # type: ignore[operator]
+        dense: Any = type(self._skeleton[0])
+        x = dense._apply_gate(self, x) if self.has_gate else self.act_fn(x)  # type: ignore[operator]
         x = self._multiplied("down_proj", x, routing)
         if getattr(self, "has_post_expert_norm", False):
             x = self.post_expert_norm(x)

@@ -1,4 +1,7 @@
-"""Attention and recurrent modules, for a while, made of separate products: torch's own make one call of everything."""
+"""Attention, recurrent modules and mixtures of experts, for a while, made of separate products.
+
+Torch's own make one call of everything, and transformers' make one of all experts.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +10,8 @@ from torch import Tensor, nn
 
 from lrconvert.layers.attention import LowRankAttention
 from lrconvert.layers.eager import has_hooks
+from lrconvert.layers.experts import LowRankExperts, is_experts
+from lrconvert.layers.lowrank import LowRank
 from lrconvert.layers.recurrent import LowRankRecurrent
 
 
@@ -19,7 +24,7 @@ class _Stepwise(LowRankRecurrent):
 
 @contextmanager
 def explicit(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` with every plain nn.MultiheadAttention, nn.LSTM, nn.GRU and nn.RNN computing its products one by one.
+    """`model` with every plain nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN and mixture computing product by product.
 
     The parameters are the same objects. At the end `model` is as it was.
     """
@@ -27,7 +32,7 @@ def explicit(model: nn.Module) -> Iterator[nn.Module]:
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
         # A subclass, or hooks, may compute something else.
-        if type(module) in (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
+        if (type(module) in (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN) or is_experts(module))
         and not (has_hooks(module) or "forward" in vars(module))
     ]
     made = {id(module): _separate(module) for _, module in replaced}
@@ -44,7 +49,10 @@ def explicit(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _separate(dense: nn.Module) -> nn.Module:
-    separate = LowRankAttention(dense, {}) if isinstance(dense, nn.MultiheadAttention) else _Stepwise(dense, {})
+    if is_experts(dense):
+        separate: LowRank = LowRankExperts(dense, {})
+    else:
+        separate = LowRankAttention(dense, {}) if isinstance(dense, nn.MultiheadAttention) else _Stepwise(dense, {})
     for name, parameter in dense.named_parameters(recurse=False):
         separate.register_parameter(name, parameter)
     for name, child in dense.named_children():

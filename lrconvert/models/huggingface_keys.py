@@ -13,13 +13,16 @@ from lrconvert.tensors import TensorRef
 
 
 def renamed(model: Any, keys: Iterable[str]) -> dict[str, str | None]:
-    """Key in a checkpoint to the key in `model`'s state dict; None for a tensor that is merged with others.
+    """Key in a checkpoint to the key in `model`'s state dict; None for a tensor that others are made of.
 
     Args:
         model: one of transformers, on any device.
         keys: of a checkpoint; one that the model knows nothing of keeps its name.
     """
-    return {key: name if pattern is None else None for key, (name, pattern) in _Keys(model).of(keys).items()}
+    own = _Keys(model)
+    return {
+        key: name if pattern is None or key in own.shapes else None for key, (name, pattern) in own.of(keys).items()
+    }
 
 
 def converted(model: Any, tensors: Mapping[str, TensorRef]) -> dict[str, Converted] | None:
@@ -72,7 +75,12 @@ class _Keys:
         """Key to the model's key, and the pattern of the converter that makes something of it, if there is one."""
         from transformers.core_model_loading import rename_source_key
 
-        return {key: rename_source_key(key, self.renamings, self.converters, self.prefix, self.own) for key in keys}
+        found = {key: rename_source_key(key, self.renamings, self.converters, self.prefix, self.own) for key in keys}
+        # A key of the model that would become none of its keys was not meant.
+        return {
+            key: (key, None) if key in self.own and name not in self.own else (name, pattern)
+            for key, (name, pattern) in found.items()
+        }
 
     def converter(self, pattern: str) -> Any:
         """The converter that has a pattern."""
