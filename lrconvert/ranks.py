@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lrconvert.errors import UnknownNameError, UsageError
-from lrconvert.layers import Layer
+from lrconvert.layers import EXPERT_KINDS, Layer
 from lrconvert.noise import Values, hard_threshold_rank, variational_bayes_rank
 from lrconvert.spectrum import Spectrum
 
@@ -197,7 +197,11 @@ def _most_of(evidence: Evidence, rank: Callable[[Values, int, int], int]) -> int
     return max(rank(values.numpy(), *evidence.layer.matrix_shape) for values in evidence.spectrum.values)
 
 
+# Linear layers, however their weights are stored.
+_LINEAR = EXPERT_KINDS | {"linear", "transposed_linear"}
+
+
 @_rule("auto", "Cuttlefish: scaled stable rank, for linear layers at least accumulative rank 0.8")
 def _auto(evidence: Evidence, _: float) -> int:
     scaled = _scaled_stable_rank(evidence, 0.0)
-    return max(scaled, evidence.spectrum.accumulative_rank(0.8)) if evidence.layer.kind == "linear" else scaled
+    return max(scaled, evidence.spectrum.accumulative_rank(0.8)) if evidence.layer.kind in _LINEAR else scaled

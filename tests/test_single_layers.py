@@ -48,6 +48,9 @@ def test_inputs_are_of_the_dtype_of_the_weights_but_for_whole_numbers():
     assert (image.shape, image.dtype, text) == ((2, 3, 4, 4), torch.bfloat16, "as it is")
     assert image.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(index, torch.zeros(2, dtype=torch.int64))
+    routes = ((torch.empty(3, 2, dtype=torch.int64, device="meta"),), {})
+    ((chosen,), _) = with_data(routes, torch.zeros(0), choices=4)
+    assert chosen.tolist() == [[0, 1], [2, 3], [0, 1]]  # all experts have something to do
 
 
 @pytest.mark.parametrize(

@@ -176,9 +176,17 @@ def _from_stored(name: str, stored: Mapping[str, Any], args: Mapping[str, Any]) 
     from transformers import CONFIG_MAPPING
 
     try:
-        return CONFIG_MAPPING[stored["model_type"]].from_dict({**stored, **args})
+        return CONFIG_MAPPING[stored["model_type"]].from_dict({**_with_infinities(stored), **args})
     except Exception as error:
         raise ModelError(f"hf/{name}: its configuration cannot be read ({_first_line(error)})") from error
+
+
+def _with_infinities(stored: Any) -> Any:
+    """`stored` with the numbers that transformers spells out, as JSON has none: {"__float__": "Infinity"}."""
+    if isinstance(stored, Mapping):
+        number = stored.get("__float__")
+        return {key: _with_infinities(value) for key, value in stored.items()} if number is None else float(number)
+    return [_with_infinities(value) for value in stored] if isinstance(stored, list | tuple) else stored
 
 
 def _class_of(config: Any, chosen: str | None) -> Any:
@@ -190,7 +198,7 @@ def _class_of(config: Any, chosen: str | None) -> Any:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
-    return None if names else transformers.MODEL_MAPPING.get(type(config))
+    return None if names else transformers.MODEL_MAPPING.get(type(config), None)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,14 +1,16 @@
 """transformers' networks: found from their folder, factorized, equal to the merged dense network, ONNX equal."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 from helpers import assert_close
+from safetensors.torch import load_file, save_file
 
 import lrconvert
-from lrconvert.errors import ModelError
+from lrconvert.errors import CheckpointError, ModelError
 from lrconvert.inputs import examples
 from lrconvert.layers import low_rank_modules
 from lrconvert.models import find_architecture
@@ -170,6 +172,59 @@ def test_a_model_that_does_not_fit_is_read_from_the_file_alone(tmp_path):
     assert lrconvert.analyze(tmp_path).network.architecture is None
     with pytest.raises(ModelError, match="not_in_transformers"):
         find_architecture(f"hf/{tmp_path}")
+
+
+def test_experts_of_a_sharded_folder(tmp_path):
+    """The tensors that make one of the model's lie in several files."""
+    dense = networks.build("mixtral")
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 3
+    lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.5", output=tmp_path / "small")
+    small, live = lrconvert.load(tmp_path / "small"), lrconvert.factorize(copy.deepcopy(dense), "rank_ratio=0.5")
+    assert_close(run(small, tmp_path / "dense"), run(live, tmp_path / "dense"), 1e-5)
+    compared = lrconvert.compare(tmp_path / "small", tmp_path / "dense")
+    assert not compared.only_first
+    assert not compared.only_second
+
+
+def test_experts_that_are_not_all_there(tmp_path):
+    networks.build("mixtral").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = {key: tensor for key, tensor in tensors.items() if ".experts.2." not in key}
+    save_file(lost, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"gate_up_proj: the checkpoint makes \(3, 192, 64\) of it"):
+        lrconvert.analyze(tmp_path)
+    # Without the model they are layers of their own.
+    (tmp_path / "config.json").unlink()
+    assert sum(".experts." in layer.name for layer in lrconvert.analyze(tmp_path).network.layers) == 2 * 3 * 3
+
+
+def test_older_names_are_the_models(tmp_path):
+    networks.build("bert").save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    older = {key.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for key, tensor in tensors.items()}
+    assert older.keys() != tensors.keys()
+    save_file(older, path, metadata={"format": "pt"})
+    record = lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.5", output=tmp_path / "small")
+    assert record.order == "execution"
+    assert any("read under other names" in note for note in record.notes)
+    small = lrconvert.load(tmp_path / "small")
+    theirs, found = type(small).from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(found.values())
+    assert_close(run(small, tmp_path / "dense"), run(theirs, tmp_path / "dense"), 1e-6)
+
+
+def test_numbers_that_json_has_not(tmp_path):
+    """transformers spells infinities out, in the configuration that a header keeps too."""
+    config = transformers.NemotronHConfig(
+        hidden_size=32, num_attention_heads=4, head_dim=8, hybrid_override_pattern="*"
+    )
+    assert config.time_step_limit[1] == float("inf")
+    config.save_pretrained(tmp_path)
+    found = find_architecture(f"hf/{tmp_path}")
+    again = find_architecture(found.name, json.loads(json.dumps(found.args)))
+    assert type(again.build()) is type(found.build())
 
 
 def test_code_in_a_folder_is_never_run(tmp_path):
