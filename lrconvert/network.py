@@ -249,7 +249,10 @@ def _check_match(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: 
             for keys, where in ((sorted(missing), "missing from the checkpoint"), (unexpected, "unknown to the model"))
             if keys
         ]
-        raise ModelError(f"the checkpoint does not match {name}: {'; '.join(parts)}; is this the right --model?")
+        hint = "is this the right --model, or does it take a --model-arg?"
+        if all(key.startswith("aux_classifier.") for key in (*missing, *unexpected)):
+            hint = "torchvision's segmentation models have it with --model-arg aux_loss=true"
+        raise ModelError(f"the checkpoint does not match {name}: {'; '.join(parts)}; {hint}")
 
 
 def not_loaded(module: nn.Module, keys: Iterable[str]) -> set[str]:

@@ -56,6 +56,15 @@ class Architecture:
             ModelError: the constructor fails.
         """
         try:
+            return self._made(device)
+        except ModelError:
+            if device != "meta":
+                raise
+        # Some constructors compute with tensors, as that of torchvision's RegNets does.
+        return self.build_without_parameters().to("meta")
+
+    def _made(self, device: str) -> nn.Module:
+        try:
             with torch.device(device):
                 model = self.factory(**self.args)
         except (Exception, SystemExit) as error:
@@ -74,10 +83,10 @@ class Architecture:
             ModelError: the constructor fails.
         """
         with suppress(ModelError), _parameters_on_meta():
-            model = self.build("cpu")
+            model = self._made("cpu")
             if not any(buffer.is_meta for buffer in model.buffers()):
                 return model
-        return self.build("cpu")
+        return self._made("cpu")
 
 
 @contextmanager
