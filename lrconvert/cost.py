@@ -19,7 +19,7 @@ from lrconvert.calling import calling
 from lrconvert.inputs import Inputs, examples
 from lrconvert.layers import family_of, low_rank_modules
 from lrconvert.layers.experts import pairs_routed, running
-from lrconvert.modes import evaluating, on_meta, without_fast_path
+from lrconvert.modes import Unremarkable, evaluating, on_meta, without_fast_path
 
 MAC_CONVENTION = "matrix products and convolutions of one forward pass, batch 1"
 
@@ -35,11 +35,13 @@ class Trace:
         macs: multiply-accumulates of the whole pass.
         halfway: name of a convolution of two dimensions to its input rows × output columns, likewise summed: the
             positions between two factors of which the first runs across and the second down.
+        called: names of all modules that were called, whatever they are.
     """
 
     positions: dict[str, int]
     macs: int
     halfway: dict[str, int]
+    called: frozenset[str] = frozenset()
 
 
 @contextmanager
@@ -77,6 +79,7 @@ def observe(model: nn.Module, inputs: Inputs, batch: int, modules: Iterable[nn.M
             evaluating(model),
             countable(),
             running(model, "batched_mm"),
+            Unremarkable(),
             calling(model),
             FlopCounterMode(display=False) as counter,
         ):
@@ -91,11 +94,16 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """What one call of `model` with one example shows; see `observe`."""
     positions: dict[str, int] = {}
     halfway: dict[str, int] = {}
-    names = {module: name for name, module in model.named_modules() if family_of(module)}
+    every = {module: name for name, module in model.named_modules()}
+    names = {module: name for module, name in every.items() if family_of(module)}
     names |= {module: name for name, module in low_rank_modules(model)}
+    called: set[str] = set()
 
     def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        name = names[module]
+        called.add(every[module])
+        name = names.get(module)
+        if name is None:
+            return
         pairs = pairs_routed(module, (*arguments, *named.values()))
         here = _positions(module, arguments, output) if pairs is None else pairs
         positions[name] = positions.get(name, 0) + here
@@ -104,8 +112,8 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
             batch = output.numel() // math.prod(output.shape[-3:])
             halfway[name] = halfway.get(name, 0) + batch * rows * columns
 
-    macs = observe(model, inputs, 1, names, record)
-    return Trace(positions, macs, halfway)
+    macs = observe(model, inputs, 1, every, record)
+    return Trace(positions, macs, halfway, frozenset(called))
 
 
 def _positions(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> int:

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 @contextmanager
@@ -79,3 +82,34 @@ def without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+class Unremarkable(TorchDispatchMode):
+    """While it lasts, code that asks whether all numbers of a tensor without data are true hears yes; whether any, no.
+
+    So ask models of transformers, of masks: whether every token counts, whether any is padding. Then they take the way
+    that they take for whole inputs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What `func` returns; the number, where it asks for one that is known."""
+        if func is _aten._local_scalar_dense.default and args[0] in self.known:
+            return self.known[args[0]]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_meta:
+            if func in (_aten.all.default, _aten.any.default):
+                self.known[result] = func is _aten.all.default
+            elif func is _aten.sum.default and args[0].dtype == torch.bool:
+                self.known[result] = args[0].numel()
+            elif func is _aten.eq.Scalar and args[0] in self.known:
+                self.known[result] = self.known[args[0]] == args[1]
+        return result
+
+
+_aten = torch.ops.aten

@@ -374,9 +374,17 @@ def _with_module(network: Network, module: nn.Module, inputs: Inputs | None) -> 
         # Any model may fail on the meta device, and all that is lost is the order and the MACs.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return replace(network, notes=(*network.notes, f"no MACs and no execution order: the model failed ({reason})"))
-    return replace(
-        network, layers=_in_execution_order(layers, found), order="execution", trace=found, traced_inputs=traced
+    ordered = _in_execution_order(layers, module, found)
+    far = sum(
+        layer.owner not in found.positions for layer in ordered if layer.kind in LAYOUTS and not layer.dense_reason
     )
+    if far:
+        given = ", ".join(each.name or "one input" for each in traced)
+        note = (
+            f"MACs are those of a pass with {given}: {far} weights stand in parts of the network that it does not reach"
+        )
+        network = replace(network, notes=(*network.notes, note))
+    return replace(network, layers=ordered, order="execution", trace=found, traced_inputs=traced)
 
 
 def _trace(module: nn.Module, inputs: Inputs) -> tuple[Trace, Inputs]:
@@ -391,14 +399,31 @@ def _trace(module: nn.Module, inputs: Inputs) -> tuple[Trace, Inputs]:
         return trace(module, unmasked), unmasked
 
 
-def _in_execution_order(layers: tuple[Layer, ...], found: Trace) -> tuple[Layer, ...]:
+def _in_execution_order(layers: tuple[Layer, ...], module: nn.Module, found: Trace) -> tuple[Layer, ...]:
     """Called layers in the order of their first call; the others follow the layer registered before them."""
     turn = {name: index for index, name in enumerate(found.positions)}
     last, keyed = -1, []
     for layer in layers:
         if layer.owner in turn:
             last = turn[layer.owner]
-        elif layer.kind in LAYOUTS and not layer.dense_reason:
+        elif layer.kind in LAYOUTS and not layer.dense_reason and _reached(layer.owner, module, found.called):
             layer = replace(layer, dense_reason="never called in a forward pass")
         keyed.append((last, layer))
     return tuple(layer for _, layer in sorted(keyed, key=lambda pair: pair[0]))
+
+
+def _reached(owner: str, model: nn.Module, called: frozenset[str]) -> bool:
+    """Whether a forward pass came to where the layer `owner` stands, so that not calling it means something.
+
+    Then its parent may read the weight itself. It means nothing in a part of the network that these inputs do not go
+    through: what looks at images, where the inputs are texts.
+    """
+    parent = owner
+    while parent:
+        parent = parent.rpartition(".")[0]
+        module = model.get_submodule(parent)
+        # Lists of modules are not called by anybody.
+        if type(module).forward is not nn.Module.forward:
+            inside = f"{parent}." if parent else ""
+            return parent in called or any(name.startswith(inside) for name in called)
+    return True
