@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lrconvert.modes import at_rest, evaluating
+from lrconvert.modes import Unremarkable, at_rest, evaluating
 
 
 def test_every_module_gets_its_mode_back_even_after_an_error():
@@ -42,3 +42,20 @@ def test_a_model_at_rest_trains_only_what_it_is_told_and_comes_back_with_its_gra
     assert model[2].training
     assert model[0].bias.grad is None
     assert torch.equal(model[1].weight.grad, torch.ones(2, 2))
+
+
+def test_what_is_asked_of_numbers_that_are_not_there():
+    mask = torch.empty(2, 5, dtype=torch.bool, device="meta")
+    tokens = torch.empty(2, 5, dtype=torch.int64, device="meta")
+    with Unremarkable():
+        assert mask.all()
+        assert mask.sum() == mask.numel()
+        assert not mask.any()
+        assert 7 not in tokens
+        assert (tokens == 1).all()
+        with pytest.raises(RuntimeError, match="meta"):
+            tokens.max().item()
+        assert not torch.tensor([True, False]).all()  # numbers that are there are looked at
+        assert torch.tensor([True, False]).any()
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(mask.all())

@@ -6,6 +6,8 @@ from lrconvert.inputs import Input, Inputs
 
 # Tokens in one example, where the model takes as many; MACs are counted for this length.
 TOKENS = 128
+# Samples of sound in one example: a second at the rate of most models of speech.
+_SAMPLES = 16_000
 
 
 def inputs_of(kind: Any, config: Any) -> Inputs | None:
@@ -19,7 +21,7 @@ def inputs_of(kind: Any, config: Any) -> Inputs | None:
     if main == "input_features":
         return _spectrogram(kind, config)
     if main == "input_values":
-        return (Input((16_000,), "input_values"),)
+        return (Input(_sound(config), "input_values"),)
     return _tokens(kind, text or config) if main == "input_ids" else None
 
 
@@ -46,13 +48,27 @@ def _pixels(config: Any) -> Inputs | None:
         # Convolutional networks take any; 224 is what they were nearly all trained on.
         size = 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return (Input((int(channels), int(height), int(width)), "pixel_values"),)
+    image = (int(channels), int(height), int(width))
+    frames = getattr(config, "num_frames", None)
+    return (Input(image if frames is None else (int(frames), *image), "pixel_values"),)
+
+
+def _sound(config: Any) -> tuple[int, ...]:
+    """A second of it; with its channels where the model takes several, or the spectrogram where it takes that."""
+    frames, bins = getattr(config, "max_length", None), getattr(config, "num_mel_bins", None)
+    if isinstance(frames, int) and isinstance(bins, int):
+        return frames, bins
+    channels = getattr(config, "audio_channels", None)
+    return (_SAMPLES,) if channels is None else (int(channels), _SAMPLES)
 
 
 def _spectrogram(kind: Any, config: Any) -> Inputs | None:
     """Whisper's: twice as many frames as positions, which the second convolution halves."""
     bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
     vocabulary = _vocabulary(config)
+    width = getattr(config, "feature_projection_input_dim", None)
+    if isinstance(width, int):  # Wav2Vec2-BERT's: frames, each of several bins
+        return (Input((TOKENS, width), "input_features"),)
     if bins is None or positions is None or vocabulary is None:
         return None
     features = Input((int(bins), 2 * int(positions)), "input_features")

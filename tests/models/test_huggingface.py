@@ -10,6 +10,7 @@ from helpers import assert_close
 from safetensors.torch import load_file, save_file
 
 import lrconvert
+from lrconvert.cost import trace
 from lrconvert.errors import CheckpointError, ModelError
 from lrconvert.inputs import examples
 from lrconvert.layers import low_rank_modules
@@ -213,6 +214,58 @@ def test_older_names_are_the_models(tmp_path):
     theirs, found = type(small).from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not any(found.values())
     assert_close(run(small, tmp_path / "dense"), run(theirs, tmp_path / "dense"), 1e-6)
+
+
+def _bart():
+    depth = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _DEPTH.items()}
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(**networks.TEXT, d_model=64, **depth))
+
+
+_DEPTH = {"layers": 2, "ffn_dim": 96, "attention_heads": 4}
+# Models that look into a mask, or take clips or spectrograms.
+OTHERS = {
+    "bart": _bart,
+    "dpr": lambda: transformers.DPRQuestionEncoder(transformers.DPRConfig(**networks.TEXT, **networks.SIZES)),
+    "videomae": lambda: transformers.VideoMAEForVideoClassification(
+        transformers.VideoMAEConfig(**networks.SIZES, image_size=32, patch_size=8, num_frames=4)
+    ),
+    "ast": lambda: transformers.ASTForAudioClassification(
+        transformers.ASTConfig(**networks.SIZES, max_length=64, num_mel_bins=32, patch_size=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_inputs(name, tmp_path):
+    torch.manual_seed(0)
+    OTHERS[name]().eval().save_pretrained(tmp_path / "dense")
+    record = lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.25", output=tmp_path / "small")
+    assert record.order == "execution"
+    architecture = find_architecture(f"hf/{tmp_path}/dense")
+    small = lrconvert.load(tmp_path / "small")
+    assert trace(small, architecture.inputs).macs == record.macs_after < record.macs_before
+    assert_close(run(small, tmp_path / "dense"), run(lrconvert.merge(small), tmp_path / "dense"), 1e-5)
+    assert lrconvert.export(tmp_path / "small", tmp_path / "small.onnx", "onnx").difference < 1e-4
+
+
+def test_parts_for_other_inputs_are_factorized_too(tmp_path):
+    """FLAVA is called with texts; what looks at images is not reached, and what is not called there stays dense."""
+    config = transformers.FlavaConfig(
+        text_config={**networks.TEXT, **networks.SIZES},
+        image_config={**networks.SIZES, "image_size": 32, "patch_size": 8},
+        multimodal_config=networks.SIZES,
+        hidden_size=64,
+        projection_dim=16,
+    )
+    transformers.FlavaModel(config).save_pretrained(tmp_path / "dense")
+    record = lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.25", output=tmp_path / "small")
+    assert record.order == "execution"
+    assert any("27 weights stand in parts of the network that it does not reach" in note for note in record.notes)
+    chosen = {row.name for row in record.layers if row.rank is not None}
+    assert "image_model.encoder.layer.1.output.dense" in chosen
+    assert record.num_params_after == sum(each.numel() for each in lrconvert.load(tmp_path / "small").parameters())
+    never = {row.name for row in record.layers if row.reason == "never called in a forward pass"}
+    assert never == {"image_projection", "text_projection", "image_to_mm_projection"}
 
 
 def test_numbers_that_json_has_not(tmp_path):
