@@ -31,8 +31,8 @@ from lrconvert.response import Response
 _POSITIONS, _FEWEST = 16, 4096
 # Bytes of second moments that are collected in one go; where all layers need more, the calls are repeated.
 _MEMORY = 4 << 30
-# Second moments of what experts that were never seen might meet, beside those that were.
-_LITTLE = 1e-9
+# Second moments of what experts that were never seen might meet, as a share of what others do.
+_LITTLE, _TINY = 1e-9, torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class _Moments:
         return Response(name, "columns", self.forward_sum / kept, matrices.mT @ matrices, mean)
 
     def _expect_little_of_unseen(self, weight: Tensor) -> None:
-        """For experts that no token went to: inputs that are all alike, and so small that they decide nothing.
+        """For experts that no token went to: inputs that are alike in all directions, and too small to decide anything.
 
         Their factors are then those of the weight alone.
         """
@@ -273,8 +273,14 @@ class _Moments:
         own = matrices @ matrices.mT if self.rows_side else matrices.mT @ matrices
         alike = torch.eye(own.shape[1], dtype=own.dtype).expand_as(own)
         forward, backward = (own, alike) if self.rows_side else (alike, own)
-        self.forward_sum[unseen], self.backward_sum[unseen] = _LITTLE * forward, _LITTLE * backward
+        for sums, shape, share in ((self.forward_sum, forward, _LITTLE), (self.backward_sum, backward, 1.0)):
+            usual = (_traces(sums) / self.kept)[~unseen].mean()
+            sums[unseen] = share * usual * shape / _traces(shape).clamp(min=_TINY)[:, None, None]
         self.positions[unseen] = self.kept[unseen] = 1
+
+
+def _traces(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=1, dim2=2).sum(dim=1)
 
 
 class _Watch(TorchFunctionMode):

@@ -164,7 +164,8 @@ class _Stack:
         for at, (layer, each) in enumerate(zip(self.weights, ranks, strict=True)):
             share = layer.num_params / total
             others = (1 - share) * ms[middle]
-            own = [ms[*middle[:at], rank, *middle[at + 1 :]] - others for rank in each]
+            # A disturbed measurement may leave less than nothing.
+            own = [max(0.0, ms[*middle[:at], rank, *middle[at + 1 :]] - others) for rank in each]
             yield LayerLatency(share * dense_ms, each, tuple(non_decreasing(own)))
 
     def run(self, ranks: Mapping[Layer, int]) -> "_Run":

@@ -12,9 +12,9 @@ from lrconvert.checkpoints import Checkpoint, fitted, open_checkpoint
 from lrconvert.checkpoints.quantized import describe
 from lrconvert.cost import Trace, trace
 from lrconvert.errors import CheckpointError, ModelError, PlanError, UsageError
-from lrconvert.factorization import merging
+from lrconvert.factorization import merging, replacements
 from lrconvert.inputs import Inputs, one_input
-from lrconvert.layers import COMPOSITE_KINDS, LAYOUTS, Layer
+from lrconvert.layers import EXPERT_KINDS, LAYOUTS, Layer
 from lrconvert.layers.survey import layers_of_module, layers_of_tensors, tied_names
 from lrconvert.models import Architecture, architecture_in, find_architecture, inputs_of_live
 from lrconvert.patterns import first_match
@@ -42,7 +42,6 @@ class Network:
         checkpoint: the file, unless the source was a live model.
         architecture: where the module came from, if it was built by name.
         inputs: what the model is called with, where it is known.
-        traced_inputs: those of `inputs` that `trace` is of: without masks, where the model looks into them.
         notes: what a user should know about how it was read.
     """
 
@@ -56,7 +55,6 @@ class Network:
     checkpoint: Checkpoint | None = None
     architecture: Architecture | None = None
     inputs: Inputs | None = None
-    traced_inputs: Inputs | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -137,7 +135,7 @@ def _settled(layers: tuple[Layer, ...], architecture: Architecture) -> tuple[Lay
     for layer in layers:
         name = names[layer.weight]
         found = known.get(name) if name else None
-        if name is None or (found is not None and found.kind in COMPOSITE_KINDS and name != layer.weight):
+        if name is None or (found is not None and found.kind in EXPERT_KINDS and name != layer.weight):
             layer = replace(layer, dense_reason="merged with others when it is loaded", guess=False)
         elif found is not None and found.shape == layer.shape:
             layer = replace(found, name=layer.name, weight=layer.weight)
@@ -165,27 +163,41 @@ def _from_architecture(
 def as_model_has_it(checkpoint: Checkpoint, model: nn.Module, architecture: Architecture) -> Checkpoint:
     """`checkpoint` with the keys of `model`, one of `architecture`, and with tensors merged or split as it has them.
 
-    A factorized checkpoint comes back as it is: its plan names its keys.
+    Factors keep their keys, which the plan of a factorized checkpoint names.
     """
-    wanted = model.state_dict().keys()
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     checkpoint = fitted(checkpoint, wanted)
-    header = checkpoint.header
-    if architecture.converted is None or (header is not None and header.plan is not None):
+    if architecture.converted is None:
         return checkpoint
-    found = architecture.converted(model, checkpoint.tensors)
-    if found is None or len(wanted & found.keys()) <= len(wanted & checkpoint.tensors.keys()):
+    plan = checkpoint.header.plan if checkpoint.header else None
+    factors = {key for layer in plan.low_rank for key in (*replacements(layer), layer.key("v", "bias"))} if plan else ()
+    given = {key: ref for key, ref in checkpoint.tensors.items() if key not in factors}
+    converted = architecture.converted(model, given)
+    if converted is None:
         return checkpoint
-    file_of = {key: file for file, keys in checkpoint.files.items() for key in keys}
-    changed = sum(key not in found for key in checkpoint.tensors)
+    found = {key: each.ref for key, each in converted.items()}
+    if _fitting(found, wanted) <= _fitting(given, wanted):
+        return checkpoint
+    made: dict[str, list[str]] = {key: [key] for key in factors}
+    for key, each in converted.items():
+        made.setdefault(each.source, []).append(key)
+    refs = checkpoint.tensors | found
+    changed = sum(key not in found for key in given)
     note = f"{changed} keys are read under other names, or several as one, as {architecture.name} loads them"
     return replace(
         checkpoint,
-        tensors={key: each.ref for key, each in found.items()},
+        tensors={key: refs[key] for source in checkpoint.tensors for key in made.get(source, ())},
         files={
-            file: tuple(key for key, each in found.items() if file_of[each.source] == file) for file in checkpoint.files
+            file: tuple(key for source in keys for key in made.get(source, ()))
+            for file, keys in checkpoint.files.items()
         },
-        notes=(*checkpoint.notes, note),
+        notes=(*checkpoint.notes, note) if changed else checkpoint.notes,
     )
+
+
+def _fitting(tensors: Mapping[str, TensorRef], wanted: Mapping[str, tuple[int, ...]]) -> int:
+    """How many of `tensors` have a key in `wanted`, and its shape."""
+    return sum(wanted.get(key) == ref.shape for key, ref in tensors.items())
 
 
 def own_architecture(checkpoint: Checkpoint) -> Architecture | None:
@@ -369,7 +381,7 @@ def _with_module(network: Network, module: nn.Module, inputs: Inputs | None) -> 
     if inputs is None:
         return replace(network, notes=(*network.notes, "MACs and execution order need --input-shape"))
     try:
-        found, traced = _trace(module, inputs)
+        found = trace(module, inputs)
     except Exception as error:
         # Any model may fail on the meta device, and all that is lost is the order and the MACs.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -379,24 +391,12 @@ def _with_module(network: Network, module: nn.Module, inputs: Inputs | None) -> 
         layer.owner not in found.positions for layer in ordered if layer.kind in LAYOUTS and not layer.dense_reason
     )
     if far:
-        given = ", ".join(each.name or "one input" for each in traced)
+        given = ", ".join(each.name or "one input" for each in inputs)
         note = (
             f"MACs are those of a pass with {given}: {far} weights stand in parts of the network that it does not reach"
         )
         network = replace(network, notes=(*network.notes, note))
-    return replace(network, layers=ordered, order="execution", trace=found, traced_inputs=traced)
-
-
-def _trace(module: nn.Module, inputs: Inputs) -> tuple[Trace, Inputs]:
-    """What a forward pass showed, and with which inputs."""
-    try:
-        return trace(module, inputs), inputs
-    except Exception:
-        # Masks are looked into (is anything hidden?), which fails where there is no data; and they hide nothing here.
-        unmasked = tuple(each for each in inputs if each.kind != "mask" or each.name is None)
-        if unmasked == inputs:
-            raise
-        return trace(module, unmasked), unmasked
+    return replace(network, layers=ordered, order="execution", trace=found)
 
 
 def _in_execution_order(layers: tuple[Layer, ...], module: nn.Module, found: Trace) -> tuple[Layer, ...]:

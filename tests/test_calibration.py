@@ -146,10 +146,13 @@ def test_every_expert_meets_its_own_tokens(experts, inner):
         found = response.signal if response.side == "rows" else response.metric
         signal, _ = linear_response(weights[expert], x)
         assert_close(found[expert], signal if response.side == "rows" else x.T @ x / len(x), 1e-10)
-    # The one that was never seen gets the factors of its weight alone, and takes no part in the choice of ranks.
+    # The one that was never seen gets the factors of its weight alone, and takes no part in the choice of ranks,
+    # however large or small everything is.
     plain = factors_of(weights[3:], 4, layer.name)
     two_sided = calibrate(model, [layer], [Call((), {}, 1)]).responses[layer.name]
-    for each in (response, two_sided):
+    tokens *= 1e-4
+    small = [calibrate(model, [layer], [Call((), {}, 1)], two_sided=two).responses[layer.name] for two in (True, False)]
+    for each in (response, two_sided, *small):
         u, v, _ = each.factors(weights, 4)
         assert_close((v @ u)[3], (plain[1] @ plain[0])[0], 1e-6)
         assert each.spectrum.values[3].max() < 1e-3 * each.spectrum.values[:3].max()

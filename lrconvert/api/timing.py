@@ -37,11 +37,11 @@ def bench_for(network: Network, batch_size: int, device: torch.device, channels_
         graph = network.checkpoint is not None and network.checkpoint.graph is not None
         fix = "a graph's layers cannot be: use --for size" if graph else f"name its {missing}, or use --for size"
         raise UsageError(f"{network.name} has to be run to be timed: {fix}")
-    if network.traced_inputs is None:
+    if network.trace is None:
         raise UsageError(f"{network.name} cannot be timed layer by layer, --for size does without: {network.notes[-1]}")
     if batch_size < 1:
         raise UsageError(f"--batch-size must be 1 or more, not {batch_size}")
-    return Bench(network.traced_inputs, batch_size, device, channels_last)
+    return Bench(network.inputs, batch_size, device, channels_last)
 
 
 def plan_by_time(candidates: Candidates, decide: Decide, goal: Goal, bench: Bench) -> Plan:

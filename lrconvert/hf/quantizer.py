@@ -52,6 +52,9 @@ class LrconvertQuantizer(HfQuantizer):  # type: ignore[misc]
     """Reshapes a model before its weights are loaded, and says how it is saved."""
 
     quantization_config: LrconvertConfig
+    # Of a model that this is attached to: see `_file_format`.
+    attached = False
+    file_format: Any = None
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """What transformers makes of a file's tensors, but for what would make something of the factors of experts."""
@@ -92,7 +95,7 @@ class LrconvertQuantizer(HfQuantizer):  # type: ignore[misc]
         return state, {KEY: header.model_dump_json(exclude_defaults=True)}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        _as_it_was(model)
+        model._weight_conversions = _file_format(model)
         return merge_module(model)
 
     def is_serializable(self) -> bool:
@@ -125,12 +128,15 @@ def mark_pretrained(model: Any) -> None:
     if plan.low_rank:
         attach(model, LrconvertQuantizer(_config_of(plan)))
     elif own:
+        model._weight_conversions = _file_format(model)
         model.hf_quantizer.remove_quantization_config(model)
-        _as_it_was(model)
 
 
 def attach(model: Any, quantizer: LrconvertQuantizer) -> None:
     """Make `quantizer` the one that saves `model`, which is trained and cast like any other all the same."""
+    # The file's own format would be made of dense weights: factors are saved under the model's keys.
+    quantizer.file_format, quantizer.attached = _file_format(model), True
+    model._weight_conversions = []
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
     model.quantization_method = METHOD
@@ -139,15 +145,14 @@ def attach(model: Any, quantizer: LrconvertQuantizer) -> None:
     for module in model.modules():
         if getattr(getattr(module, "config", None), "_is_quantized", False):
             module.config._is_quantized = False
-    if any(layer.kind in EXPERT_KINDS for layer in quantizer.quantization_config.plan.layers):
-        # It would take factors of experts for the experts themselves, and split them for the file.
-        model._weight_conversions = []
 
 
-def _as_it_was(model: Any) -> None:
-    """Have a model that is dense again saved in its original format."""
-    if getattr(model, "_weight_conversions", None) == []:
-        model._weight_conversions = None
+def _file_format(model: Any) -> Any:
+    """What transformers makes of a dense state dict for the model's files; None for what it does by default."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, LrconvertQuantizer) and quantizer.attached:
+        return quantizer.file_format
+    return getattr(model, "_weight_conversions", None)
 
 
 def _config_of(plan: Plan) -> LrconvertConfig:

@@ -23,7 +23,9 @@ _CONTRACT = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gat
 
 def is_experts(module: nn.Module) -> bool:
     """Whether `module` keeps the contract, known by its attributes so that transformers need not be imported."""
-    return all(hasattr(module, name) for name in _CONTRACT) and len(expert_weights(module)) == 2
+    # What transformers makes of a class leaves the forward that it wraps behind; a subclass may have its own.
+    keeps = hasattr(type(module).forward, "__wrapped__") and all(hasattr(module, name) for name in _CONTRACT)
+    return keeps and len(expert_weights(module)) == 2
 
 
 def expert_weights(module: Any) -> dict[str, int]:
@@ -98,7 +100,8 @@ class _Routing:
             return torch.bmm(weight[self.experts], x.unsqueeze(-1)).squeeze(-1)
         # Not weight[expert]: in the backward pass each would fill a tensor of the whole weight's size.
         parts = zip(x.split(self.rows), weight.unbind(), strict=True)
-        return torch.cat([functional.linear(part, matrix) for part, matrix in parts if len(part)])
+        made = [functional.linear(part, matrix) for part, matrix in parts if len(part)]
+        return torch.cat(made) if made else functional.linear(x, weight[0])
 
 
 class LowRankExperts(LowRankComposite):
@@ -138,8 +141,6 @@ class LowRankExperts(LowRankComposite):
         Returns:
             (tokens, hidden).
         """
-        if not top_k_index.numel():
-            return torch.zeros_like(hidden_states)
         chosen = top_k_index.shape[1]
         experts = top_k_index.flatten()
         order = None
@@ -159,7 +160,7 @@ class LowRankExperts(LowRankComposite):
         if order is not None:
             x = x[order.argsort()]
         shares = top_k_weights.flatten().unsqueeze(-1)
-        return (x * shares).unflatten(0, (-1, chosen)).sum(1).to(hidden_states.dtype)
+        return (x * shares).unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
     def _multiplied(self, name: str, x: Tensor, routing: _Routing) -> Tensor:
         """The weight `name`, and a bias if there is one, applied to rows (rows, in)."""

@@ -1,10 +1,12 @@
 """A checkpoint as transformers loads it: older names, other prefixes, the weights of experts stacked in one tensor."""
 
 import copy
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lrconvert.errors import CheckpointError
@@ -53,8 +55,11 @@ def converted(model: Any, tensors: Mapping[str, TensorRef]) -> dict[str, Convert
             alias = names[ref.alias_of][0] if ref.alias_of else None
             found[name] = Converted(replace(ref, alias_of=alias), key)
             continue
-        for target, made in groups[name].refs(keys.shapes).items():
-            found.setdefault(target, Converted(made, key))
+        made = groups[name].refs(keys.shapes)
+        if not made:  # the model has no place for it, as for a layer that it leaves out: it stays what it is
+            found[key] = Converted(ref, key)
+        for target, each in made.items():
+            found.setdefault(target, Converted(each, key))
     return found
 
 
@@ -107,18 +112,25 @@ class _Group:
         """By key, what is made; without a shape in `shapes` the model does not have it."""
         first, *others = self.converter.target_patterns
         names = [self.name, *(self.name.replace(first, other, 1) for other in others)]
-        dtype = self.sources[0][1].dtype
         return {
-            name: TensorRef(shapes[name], dtype, lambda name=name: self.read(name, shapes[name]))  # type: ignore[misc]
+            name: TensorRef(shapes[name], self.dtype, lambda name=name: self.read(name, shapes[name]))  # type: ignore[misc]
             for name in names
             if name in shapes
         }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the sources; of several one that holds them all."""
+        dtypes = {ref.dtype for _, ref in self.sources}
+        if len(dtypes) > 1 and any(dtype.itemsize < 2 for dtype in dtypes):
+            return torch.float32  # torch has no rule for 8 bits
+        return functools.reduce(torch.promote_types, dtypes)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The model's tensor `name`."""
         converter = copy.deepcopy(self.converter)
         for number, (pattern, ref) in enumerate(self.sources):
-            converter.add_tensor(self.name, str(number), pattern, ref.read)
+            converter.add_tensor(self.name, str(number), pattern, lambda ref=ref: ref.read().to(self.dtype))
         try:
             made = converter.convert(self.name, model=self.model, config=self.model.config)[name]
         except Exception as error:
