@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
+from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from transformers import GptOssConfig, MixtralConfig, MuseSparkTextConfig, NemotronHConfig
@@ -107,11 +108,14 @@ def _conv(draw, kind, dtype):
         "groups": groups,
         "bias": draw(st.booleans()),
     }
+    make = FAMILIES[kind].dense
     if transposed:
         settings["output_padding"] = tuple(draw(st.integers(0, step - 1)) for step in stride)
+    elif kind == "conv2d" and draw(st.booleans()):
+        make = Conv2dSame  # whatever padding it is given, it pads in its own way
     else:
         settings["padding_mode"] = draw(st.sampled_from(["zeros", "replicate", "circular"]))
-    layer = FAMILIES[kind].dense(into, out, **settings)
+    layer = make(into, out, **settings)
     x = torch.randn(2, into, *(draw(st.integers(6, 9)) for _ in range(dims)), dtype=dtype)
     return layer, lambda module: module(x)
 

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import skip_init
 
 from lrconvert.layers.eager import has_hooks
-from lrconvert.layers.lowrank import Factored, LowRankLayer, where
+from lrconvert.layers.lowrank import Factored, LowRankLayer, full_name, where
 from lrconvert.layers.norm import norm_between
 from lrconvert.layers.parts import run_in_parts
 from lrconvert.layers.pivoted import PivotedConv
@@ -31,6 +31,8 @@ TRANSPOSED_TYPES: dict[str, type[_ConvTransposeNd]] = {
     "conv_transpose2d": nn.ConvTranspose2d,
     "conv_transpose3d": nn.ConvTranspose3d,
 }
+# timm's: it pads its input first, as much as its own kernel and stride need.
+PADS_ITSELF = "timm.layers.conv2d_same.Conv2dSame"
 # What the factors are, unless somebody wrapped them.
 _FACTORS = (*CONV_TYPES.values(), PivotedConv)
 
@@ -44,15 +46,16 @@ class LowRankConv(LowRankLayer):
         super().__init__(dense, wanted)
         assert isinstance(dense, _ConvNd)
         width, shared = _between(dense, wanted["weight"])
-        conv = CONV_TYPES[wanted["weight"].kind]
+        conv, kernel = CONV_TYPES[wanted["weight"].kind], _kind_with_kernel(dense, wanted["weight"].kind)
         spatial = wanted["weight"].view == "spatial"
         first, second = (_along(dense, 1), _along(dense, 0)) if spatial else (_settings(dense), {"kernel_size": 1})
         if wanted["weight"].pivoted:
             self.u: nn.Module = PivotedConv(dense, width, **where(dense.weight))
         else:
-            self.u = skip_init(conv, dense.in_channels, width, bias=False, **first, **shared)
+            self.u = skip_init(kernel, dense.in_channels, width, bias=False, **first, **shared)
         self.bn = norm_between(wanted["weight"], where(dense.weight))
-        self.v = skip_init(conv, width, dense.out_channels, bias=dense.bias is not None, **second, **shared)
+        last = kernel if spatial else conv
+        self.v = skip_init(last, width, dense.out_channels, bias=dense.bias is not None, **second, **shared)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the dense layer would return for `x`, up to the truncation."""
@@ -106,9 +109,16 @@ def _between(dense: _ConvNd, factored: Factored) -> tuple[int, dict[str, Any]]:
     return factored.groups * factored.rank, {"groups": dense.groups, **where(dense.weight)}
 
 
+def _kind_with_kernel(dense: _ConvNd, kind: str) -> type[nn.Module]:
+    """The class of a factor that has a kernel: one that pads as the dense convolution does."""
+    return type(dense) if full_name(type(dense)) == PADS_ITSELF else CONV_TYPES[kind]
+
+
 def _settings(dense: _ConvNd) -> dict[str, Any]:
     """What the factor with the kernel takes over."""
-    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    names = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
+    if full_name(type(dense)) == PADS_ITSELF:  # it has one mode only
+        names.remove("padding_mode")
     return {name: getattr(dense, name) for name in names}
 
 
@@ -118,10 +128,10 @@ def _along(dense: _ConvNd, axis: int) -> dict[str, Any]:
     def there(values: tuple[int, ...], elsewhere: int) -> tuple[int, ...]:
         return tuple(value if at == axis else elsewhere for at, value in enumerate(values))
 
-    return {
+    along = {
         "kernel_size": there(dense.kernel_size, 1),
         "stride": there(dense.stride, 1),
         "padding": dense.padding if isinstance(dense.padding, str) else there(dense.padding, 0),
         "dilation": there(dense.dilation, 1),
-        "padding_mode": dense.padding_mode,
     }
+    return _settings(dense) | along

@@ -167,6 +167,11 @@ def where(tensor: Tensor) -> dict[str, Any]:
     return {"device": tensor.device, "dtype": tensor.dtype}
 
 
+def full_name(kind: type) -> str:
+    """Module and name of a class, to know one of a library that need not be imported."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def without_data(module: nn.Module) -> nn.Module:
     """A copy of `module` on the meta device, made without copying its data first."""
     tensors = [*module.parameters(), *module.buffers()]

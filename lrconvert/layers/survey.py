@@ -10,9 +10,13 @@ from torch.nn.utils import parametrize
 
 from lrconvert.layers import EXPERT_KINDS, LAYOUTS, Family, Layer, family_of
 from lrconvert.layers.attention import SEPARATE
+from lrconvert.layers.conv import PADS_ITSELF
+from lrconvert.layers.lowrank import full_name
 
-# Subclasses with a forward of their own that computes what their base class does.
-SAME_AS_BASE = frozenset({"timm.layers.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"})
+# Subclasses with a forward of their own that computes what their base class does, or what its factors do likewise.
+SAME_AS_BASE = frozenset(
+    {"timm.layers.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear", PADS_ITSELF}
+)
 
 _RECURRENT = re.compile(r"(?:^|\.)(weight_(ih|hh|hr)_l\d+(_reverse)?)$")
 _EMBEDDING_NAME = re.compile(r"emb|wte$|wpe$|lookup|^shared$|attention_bias$|codebook", re.IGNORECASE)
@@ -98,14 +102,9 @@ def _reason(module: nn.Module, family: Family) -> str:
     return ""
 
 
-def _full_name(kind: type) -> str:
-    """Module and name of a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 def _computes_like(module: nn.Module, family: Family) -> bool:
     """Whether a (subclass of a) dense class still computes as that class does, with its plain weights."""
-    own = _full_name(type(module)) not in SAME_AS_BASE and any(
+    own = full_name(type(module)) not in SAME_AS_BASE and any(
         getattr(type(module), name, None) is not getattr(family.dense, name, None)
         for name in ("forward", "_conv_forward")
     )

@@ -25,6 +25,7 @@ NETWORKS = {
     "eva02_tiny_patch14_224": (56, {"depth": 2, "img_size": 56}),
     "convnext_atto": (64, {"depths": [1, 1, 2, 1]}),
     "efficientnet_b0": (64, {}),
+    "tf_efficientnetv2_b0": (64, {}),  # convolutions that pad by themselves
     "mixer_s32_224": (96, {"img_size": 96}),
     "resmlp_12_224": (64, {"img_size": 64}),
 }
