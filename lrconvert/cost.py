@@ -6,7 +6,7 @@ products included; additions of biases, normalisation, activations and pooling a
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,9 @@ def observe(model: nn.Module, inputs: Inputs, batch: int, modules: Iterable[nn.M
         Exception: whatever the model's forward raises on the meta device.
     """
     arguments, named = examples(inputs, batch, torch.get_default_dtype(), "meta")
-    hooks = [module.register_forward_hook(observer, with_kwargs=True) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(observer, with_kwargs=True).remove)
         with (
             on_meta(model),
             evaluating(model),
@@ -84,9 +85,6 @@ def observe(model: nn.Module, inputs: Inputs, batch: int, modules: Iterable[nn.M
             FlopCounterMode(display=False) as counter,
         ):
             model(*arguments, **named)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return counter.get_total_flops() // 2
 
 
@@ -94,7 +92,8 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """What one call of `model` with one example shows; see `observe`."""
     positions: dict[str, int] = {}
     halfway: dict[str, int] = {}
-    every = {module: name for name, module in model.named_modules()}
+    # What torch.jit compiled takes no hooks.
+    every = {module: name for name, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)}
     names = {module: name for module, name in every.items() if family_of(module)}
     names |= {module: name for name, module in low_rank_modules(model)}
     called: set[str] = set()

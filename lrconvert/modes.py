@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lrconvert.errors import ModelError
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -27,7 +29,15 @@ def on_meta(model: nn.Module) -> Iterator[None]:
     """While it lasts, parameters and buffers of `model` have no data; what is shared stays shared.
 
     Not torch.func.functional_call: of a module that is reached under two names it puts back the wrong parameters.
+
+    Raises:
+        ModelError: a part of `model` is compiled by torch.jit, and keeps its data whatever happens; nothing is changed.
     """
+    compiled = next(
+        (name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None
+    )
+    if compiled is not None:
+        raise ModelError(f"{compiled or 'it'} is compiled by torch.jit")
     stores = [store for module in model.modules() for store in (module._parameters, module._buffers)]
     kept = [dict(store) for store in stores]
     made: dict[int, Tensor] = {}

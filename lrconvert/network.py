@@ -170,7 +170,8 @@ def as_model_has_it(checkpoint: Checkpoint, model: nn.Module, architecture: Arch
     if architecture.converted is None:
         return checkpoint
     plan = checkpoint.header.plan if checkpoint.header else None
-    factors = {key for layer in plan.low_rank for key in (*replacements(layer), layer.key("v", "bias"))} if plan else ()
+    low_rank = plan.low_rank if plan else ()
+    factors = {key for layer in low_rank for key in (*replacements(layer), layer.key("v", "bias"))}
     given = {key: ref for key, ref in checkpoint.tensors.items() if key not in factors}
     converted = architecture.converted(model, given)
     if converted is None:

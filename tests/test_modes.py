@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lrconvert.modes import Unremarkable, at_rest, evaluating
+from lrconvert.network import open_network
 
 
 def test_every_module_gets_its_mode_back_even_after_an_error():
@@ -59,3 +60,13 @@ def test_what_is_asked_of_numbers_that_are_not_there():
         assert torch.tensor([True, False]).any()
     with pytest.raises(RuntimeError, match="meta"):
         bool(mask.all())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
+def test_a_model_with_a_compiled_part_is_left_as_it_was():
+    compiled = torch.jit.script(torch.nn.Linear(8, 8))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), compiled, torch.nn.Linear(8, 3))
+    want = model(torch.ones(2, 8))
+    network = open_network(model, input_shape=(8,))
+    assert any("1 is compiled by torch.jit" in note for note in network.notes)
+    assert torch.equal(model(torch.ones(2, 8)), want)

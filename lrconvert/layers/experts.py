@@ -23,9 +23,10 @@ _CONTRACT = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gat
 
 def is_experts(module: nn.Module) -> bool:
     """Whether `module` keeps the contract, known by its attributes so that transformers need not be imported."""
+    if not all(hasattr(module, name) for name in _CONTRACT) or len(expert_weights(module)) != 2:
+        return False
     # What transformers makes of a class leaves the forward that it wraps behind; a subclass may have its own.
-    keeps = hasattr(type(module).forward, "__wrapped__") and all(hasattr(module, name) for name in _CONTRACT)
-    return keeps and len(expert_weights(module)) == 2
+    return hasattr(type(module).forward, "__wrapped__")
 
 
 def expert_weights(module: Any) -> dict[str, int]:

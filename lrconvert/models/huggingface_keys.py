@@ -52,8 +52,8 @@ def converted(model: Any, tensors: Mapping[str, TensorRef]) -> dict[str, Convert
     for key, ref in tensors.items():
         name, pattern = names[key]
         if pattern is None:
-            alias = names[ref.alias_of][0] if ref.alias_of else None
-            found[name] = Converted(replace(ref, alias_of=alias), key)
+            original = names.get(ref.alias_of, (ref.alias_of,))[0] if ref.alias_of else None
+            found[name] = Converted(replace(ref, alias_of=original), key)
             continue
         made = groups[name].refs(keys.shapes)
         if not made:  # the model has no place for it, as for a layer that it leaves out: it stays what it is
