@@ -63,7 +63,7 @@ def of_model(made: Any) -> dict[str, Any]:
         why = error.__cause__ or error
         return {"problem": f"{type(why).__name__}: {(str(why).splitlines() or [''])[0][:150]}"}
     network = open_network(model)
-    inputs, before = architecture.inputs or network.inputs, network.trace
+    inputs, before = network.inputs or architecture.inputs, network.trace
     if before is None and inputs:
         with suppress(Exception):
             before = trace(model, inputs)
