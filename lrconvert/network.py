@@ -263,8 +263,6 @@ def _check_match(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: 
             if keys
         ]
         hint = "is this the right --model, or does it take a --model-arg?"
-        if all(key.startswith("aux_classifier.") for key in (*missing, *unexpected)):
-            hint = "torchvision's segmentation models have it with --model-arg aux_loss=true"
         raise ModelError(f"the checkpoint does not match {name}: {'; '.join(parts)}; {hint}")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from hypothesis import strategies as st
@@ -169,10 +170,10 @@ def _attention(draw, kind, dtype):
     return layer, call
 
 
-def _experts_like(make, config, implementation="eager", **sizes):
-    """Experts of transformers in random numbers; `sizes` are attributes of their configuration."""
+def _experts_like(make, config, names, hidden, inner, experts, implementation="eager"):
+    """Experts of transformers in random numbers; `names` of the three sizes in their configuration."""
     settings = config()
-    for name, size in sizes.items():
+    for name, size in zip(names, (hidden, inner, experts), strict=True):
         setattr(settings, name, size)
     settings._experts_implementation = implementation
     layer = make(settings)
@@ -181,28 +182,14 @@ def _experts_like(make, config, implementation="eager", **sizes):
     return layer
 
 
-def experts_of_mixtral(hidden, inner, experts, **settings):
-    """With a gate."""
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_local_experts": experts}
-    return _experts_like(MixtralExperts, MixtralConfig, **sizes, **settings)
-
-
-def experts_of_gpt_oss(hidden, inner, experts, **settings):
-    """With biases, a gate of its own kind, and weights that are stored (experts, in, out)."""
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_local_experts": experts}
-    return _experts_like(GptOssExperts, GptOssConfig, **sizes, **settings)
-
-
-def _experts_of_nemotron(hidden, inner, experts, **settings):
-    """Without a gate."""
-    sizes = {"hidden_size": hidden, "moe_intermediate_size": inner, "n_routed_experts": experts}
-    return _experts_like(NemotronHExperts, NemotronHConfig, **sizes, **settings)
-
-
-def _experts_of_muse(hidden, inner, experts, **settings):
-    """With a norm behind every expert."""
-    sizes = {"moe_hidden_size": hidden, "moe_intermediate_size": inner, "num_local_experts": experts}
-    return _experts_like(MuseSparkExperts, MuseSparkTextConfig, **sizes, **settings)
+_USUAL = ("hidden_size", "intermediate_size", "num_local_experts")
+_MUSE = ("moe_hidden_size", "moe_intermediate_size", "num_local_experts")
+_NEMOTRON = ("hidden_size", "moe_intermediate_size", "n_routed_experts")
+# With a gate; with biases, a gate of its own kind and weights stored (experts, in, out); without a gate; with a norm.
+experts_of_mixtral = partial(_experts_like, MixtralExperts, MixtralConfig, _USUAL)
+experts_of_gpt_oss = partial(_experts_like, GptOssExperts, GptOssConfig, _USUAL)
+_experts_of_nemotron = partial(_experts_like, NemotronHExperts, NemotronHConfig, _NEMOTRON)
+_experts_of_muse = partial(_experts_like, MuseSparkExperts, MuseSparkTextConfig, _MUSE)
 
 
 def _experts(draw, kind, dtype):

@@ -11,6 +11,11 @@ def followed() -> bool:
     return recorded or torch._C._are_functorch_transforms_active()
 
 
+def captured() -> bool:
+    """Whether a graph is made that is to serve other numbers too, so that nothing may depend on those at hand."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
 def runs_eagerly(x: Tensor) -> bool:
     """Whether what is done with `x` just runs: it is not followed, and no torch.fx graph is made of it."""
     return not followed() and not isinstance(x, Proxy)

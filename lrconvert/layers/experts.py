@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lrconvert.layers.composite import LowRankComposite
+from lrconvert.layers.eager import captured
 from lrconvert.layers.lowrank import Factored
 
 # What the contract names, but for what older versions of transformers do not have.
@@ -145,7 +146,7 @@ class LowRankExperts(LowRankComposite):
         chosen = top_k_index.shape[1]
         experts = top_k_index.flatten()
         order = None
-        if _may_look_into(experts):
+        if not captured() and not experts.is_meta:
             order = experts.argsort(stable=True)
             routing = _Routing(experts[order], experts.bincount(minlength=self.num_experts).tolist())
             x = hidden_states[order // chosen]
@@ -172,9 +173,3 @@ class LowRankExperts(LowRankComposite):
             weight = getattr(self, name)
             x = routing.multiply(x, weight.mT if self.is_transposed else weight)
         return x + getattr(self, f"{name}_bias")[routing.experts].to(x.dtype) if self.has_bias else x
-
-
-def _may_look_into(indices: Tensor) -> bool:
-    """Whether the numbers of a tensor may decide what is computed: not without data, and not in a graph."""
-    captured = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return not (captured or indices.is_meta)
