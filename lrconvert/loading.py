@@ -9,11 +9,12 @@ from torch import nn
 
 from lrconvert.checkpoints import WRITTEN_BY, Checkpoint, Header, fitted, open_checkpoint, write_checkpoint
 from lrconvert.errors import ModelError, UsageError
+from lrconvert.fit import as_model_has_it, fit, not_loaded
 from lrconvert.hf.mark import mark
 from lrconvert.layers.pivoted import check_orders
 from lrconvert.layers.survey import tied_names
 from lrconvert.models import Architecture
-from lrconvert.network import Network, architecture_of, as_model_has_it, fit, not_loaded, own_architecture
+from lrconvert.network import Network, architecture_of, own_architecture
 from lrconvert.rewrite import moving
 from lrconvert.surgery import plan_of
 from lrconvert.tensors import load_into, refs_of

@@ -1,27 +1,25 @@
 """The network a job works on: its tensors, its layers in order, and what a forward pass showed of it."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lrconvert.checkpoints import Checkpoint, fitted, open_checkpoint
+from lrconvert.checkpoints import Checkpoint, open_checkpoint
 from lrconvert.checkpoints.quantized import describe
 from lrconvert.cost import Trace, trace
 from lrconvert.errors import CheckpointError, ModelError, PlanError, UsageError
-from lrconvert.factorization import merging, replacements
+from lrconvert.fit import as_model_has_it, fit
 from lrconvert.inputs import Inputs, one_input
 from lrconvert.layers import EXPERT_KINDS, LAYOUTS, Layer
-from lrconvert.layers.survey import layers_of_module, layers_of_tensors, tied_names
+from lrconvert.layers.survey import layers_of_module, layers_of_tensors
 from lrconvert.models import Architecture, architecture_in, find_architecture, inputs_of_live
 from lrconvert.patterns import first_match
 from lrconvert.plan import Order
-from lrconvert.rewrite import layout_of
-from lrconvert.surgery import reshape
-from lrconvert.tensors import TensorRef, count_parameters, refs_of, shapes_of
+from lrconvert.tensors import TensorRef, count_parameters, refs_of
 
 if TYPE_CHECKING:
     from lrconvert.onnx_graph.graph import Graph
@@ -160,47 +158,6 @@ def _from_architecture(
     return _with_module(replace(network, architecture=architecture), module, inputs)
 
 
-def as_model_has_it(checkpoint: Checkpoint, model: nn.Module, architecture: Architecture) -> Checkpoint:
-    """`checkpoint` with the keys of `model`, one of `architecture`, and with tensors merged or split as it has them.
-
-    Factors keep their keys, which the plan of a factorized checkpoint names.
-    """
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    checkpoint = fitted(checkpoint, wanted)
-    if architecture.converted is None:
-        return checkpoint
-    plan = checkpoint.header.plan if checkpoint.header else None
-    low_rank = plan.low_rank if plan else ()
-    factors = {key for layer in low_rank for key in (*replacements(layer), layer.key("v", "bias"))}
-    given = {key: ref for key, ref in checkpoint.tensors.items() if key not in factors}
-    converted = architecture.converted(model, given)
-    if converted is None:
-        return checkpoint
-    found = {key: each.ref for key, each in converted.items()}
-    if _fitting(found, wanted) <= _fitting(given, wanted):
-        return checkpoint
-    made: dict[str, list[str]] = {key: [key] for key in factors}
-    for key, each in converted.items():
-        made.setdefault(each.source, []).append(key)
-    refs = checkpoint.tensors | found
-    changed = sum(key not in found for key in given)
-    note = f"{changed} keys are read under other names, or several as one, as {architecture.name} loads them"
-    return replace(
-        checkpoint,
-        tensors={key: refs[key] for source in checkpoint.tensors for key in made.get(source, ())},
-        files={
-            file: tuple(key for source in keys for key in made.get(source, ()))
-            for file, keys in checkpoint.files.items()
-        },
-        notes=(*checkpoint.notes, note) if changed else checkpoint.notes,
-    )
-
-
-def _fitting(tensors: Mapping[str, TensorRef], wanted: Mapping[str, tuple[int, ...]]) -> int:
-    """How many of `tensors` have a key in `wanted`, and its shape."""
-    return sum(wanted.get(key) == ref.shape for key, ref in tensors.items())
-
-
 def own_architecture(checkpoint: Checkpoint) -> Architecture | None:
     """The architecture that the config.json of a Hugging Face folder describes, where transformers knows it."""
     return architecture_in(checkpoint.path) if checkpoint.format == "folder" and checkpoint.path.is_dir() else None
@@ -219,63 +176,6 @@ def architecture_of(
     if header is None or header.model is None or ".py:" in header.model:
         return None
     return find_architecture(header.model, header.model_args)
-
-
-def fit(module: nn.Module, checkpoint: Checkpoint, name: str) -> nn.Module:
-    """The dense `module`, reshaped by the checkpoint's plan if it has one, so that its tensors load strictly.
-
-    Args:
-        module: changed in place, but only once it is known that everything fits.
-        checkpoint: whose tensors are to fit.
-        name: of the module, for messages.
-
-    Raises:
-        ModelError: keys or shapes differ.
-        PlanError: the plan does not fit the module.
-    """
-    plan = checkpoint.header.plan if checkpoint.header else None
-    if plan is None:
-        _check_match(module, shapes_of(checkpoint.tensors), name)
-        return module
-    merged = layout_of(merging(checkpoint.tensors, plan))
-    _check_match(module, {key: shape for key, (shape, _) in merged.items()}, name)
-    return reshape(module, plan)
-
-
-def _check_match(module: nn.Module, found: Mapping[str, tuple[int, ...]], name: str) -> None:
-    """Raise ModelError unless the dense `module` has the keys and shapes in `found`."""
-    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    for key, shape in wanted.items():
-        if key in found and found[key] != shape:
-            hint = ""
-            if len(shape) <= 2 and shape[1:] == found[key][1:]:
-                hint = f"; if its number of classes differs, add --model-arg num_classes={found[key][0]}"
-            raise ModelError(f"{key}: {found[key]} in the checkpoint, {shape} in {name}{hint}")
-    # Checkpoints from before torch 0.4.1 have no counters, and torch loads them all the same.
-    missing = {key for key in wanted if key not in found and not key.endswith("num_batches_tracked")}
-    # A weight that the model ties is stored once.
-    missing -= {key for names in tied_names(module) for key in names if any(name in found for name in names)}
-    unexpected = sorted(found.keys() - wanted.keys() - not_loaded(module, found), key=list(found).index)
-    if missing or unexpected:
-        parts = [
-            f"{len(keys)} key(s) {where} ({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})"
-            for keys, where in ((sorted(missing), "missing from the checkpoint"), (unexpected, "unknown to the model"))
-            if keys
-        ]
-        hint = "is this the right --model, or does it take a --model-arg?"
-        raise ModelError(f"the checkpoint does not match {name}: {'; '.join(parts)}; {hint}")
-
-
-def not_loaded(module: nn.Module, keys: Iterable[str]) -> set[str]:
-    """Those of `keys` that are not in the module's state dict but may be in a checkpoint of it.
-
-    They are buffers that older versions of the module saved, and what a model of transformers says it ignores.
-    """
-    wanted, buffers = module.state_dict(), dict(module.named_buffers())
-    ignored = [re.compile(pattern) for pattern in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    return {
-        key for key in keys if key not in wanted and (key in buffers or any(pattern.search(key) for pattern in ignored))
-    }
 
 
 def refuse_quantized(network: Network, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:

@@ -33,7 +33,7 @@ FLOORS = [
         "surgery",
     },
     {"checkpoints", "models"},
-    {"hf"},
+    {"fit", "hf"},
     {"network"},
     {"analysis", "exporters", "loading", "planning", "report"},
     {"training"},
