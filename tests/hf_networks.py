@@ -3,6 +3,10 @@
 import torch
 import transformers
 
+from lrconvert.inputs import examples
+from lrconvert.models import find_architecture
+from lrconvert.outputs import tensors_in
+
 TEXT = {"vocab_size": 99, "max_position_embeddings": 32}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 HEADS = {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -84,3 +88,11 @@ def build(name):
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return model
+
+
+def run(model, folder, batch=2):
+    """All outputs of a model for random inputs of those that a folder's architecture takes, flattened."""
+    inputs = find_architecture(f"hf/{folder}").inputs
+    _, named = examples(inputs, batch, torch.float32)
+    with torch.no_grad():
+        return torch.cat([tensor.flatten() for tensor in tensors_in(model(**named))])

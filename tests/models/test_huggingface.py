@@ -1,22 +1,17 @@
 """transformers' networks: found from their folder, factorized, equal to the merged dense network, ONNX equal."""
 
-import copy
 import json
 import shutil
 
 import pytest
 import torch
 from helpers import assert_close
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import lrconvert
 from lrconvert.cost import trace
-from lrconvert.errors import CheckpointError, ModelError
-from lrconvert.inputs import examples
+from lrconvert.errors import ModelError
 from lrconvert.layers import low_rank_modules
 from lrconvert.models import find_architecture
-from lrconvert.outputs import tensors_in
 from lrconvert.surgery import reshape
 
 transformers = pytest.importorskip("transformers")
@@ -59,13 +54,6 @@ def network(request, short_lived_folder):
         yield name, folder, record
 
 
-def run(model, folder, batch=2):
-    inputs = find_architecture(f"hf/{folder}").inputs
-    _, named = examples(inputs, batch, torch.float32)
-    with torch.no_grad():
-        return torch.cat([tensor.flatten() for tensor in tensors_in(model(**named))])
-
-
 def test_equal_to_the_merged_network(network):
     name, folder, record = network
     assert record.order == "execution"
@@ -77,10 +65,10 @@ def test_equal_to_the_merged_network(network):
     assert sum(parameter.numel() for parameter in small.parameters()) == record.num_params_after
     factorized = sum(row.rank is not None for row in record.layers)
     assert sum(len(module.factored) for _, module in low_rank_modules(small)) == factorized >= 8
-    out = run(small, folder / "dense")
-    assert_close(out, run(merged, folder / "dense"), 1e-5)
+    out = networks.run(small, folder / "dense")
+    assert_close(out, networks.run(merged, folder / "dense"), 1e-5)
     with pytest.raises(AssertionError, match="relative difference"):
-        assert_close(out, run(dense, folder / "dense"), 1e-3)
+        assert_close(out, networks.run(dense, folder / "dense"), 1e-3)
 
 
 def test_what_stays_dense_says_why(network):
@@ -97,15 +85,15 @@ def test_half_the_rank(network, tmp_path):
     _, folder, _ = network
     lrconvert.factorize(folder / "dense", "rank_ratio=0.5", output=tmp_path / "small")
     small = lrconvert.load(tmp_path / "small")
-    out = run(small, folder / "dense")
-    assert_close(out, run(lrconvert.merge(small), folder / "dense"), 1e-5)
+    out = networks.run(small, folder / "dense")
+    assert_close(out, networks.run(lrconvert.merge(small), folder / "dense"), 1e-5)
 
 
 def test_the_dense_folder_is_loaded_as_transformers_does(network):
     _, folder, _ = network
     mine = lrconvert.load(folder / "dense")
     theirs = type(mine).from_pretrained(folder / "dense")
-    assert_close(run(mine, folder / "dense"), run(theirs, folder / "dense"), 1e-6)
+    assert_close(networks.run(mine, folder / "dense"), networks.run(theirs, folder / "dense"), 1e-6)
 
 
 def test_onnx_is_equal_to_the_network(network, tmp_path):
@@ -176,120 +164,6 @@ def test_a_model_that_does_not_fit_is_read_from_the_file_alone(tmp_path):
         find_architecture(f"hf/{tmp_path}")
 
 
-def test_experts_of_a_sharded_folder(tmp_path):
-    """The tensors that make one of the model's lie in several files."""
-    dense = networks.build("mixtral")
-    dense.save_pretrained(tmp_path / "dense", max_shard_size="40KB")
-    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 3
-    lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.5", output=tmp_path / "small")
-    small, live = lrconvert.load(tmp_path / "small"), lrconvert.factorize(copy.deepcopy(dense), "rank_ratio=0.5")
-    assert_close(run(small, tmp_path / "dense"), run(live, tmp_path / "dense"), 1e-5)
-    compared = lrconvert.compare(tmp_path / "small", tmp_path / "dense")
-    assert not compared.only_first
-    assert not compared.only_second
-
-
-def test_experts_that_are_not_all_there(tmp_path):
-    networks.build("mixtral").save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    lost = {key: tensor for key, tensor in tensors.items() if ".experts.2." not in key}
-    save_file(lost, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"gate_up_proj: the checkpoint makes \(3, 192, 64\) of it"):
-        lrconvert.analyze(tmp_path)
-    # Without the model they are layers of their own.
-    (tmp_path / "config.json").unlink()
-    assert sum(".experts." in layer.name for layer in lrconvert.analyze(tmp_path).network.layers) == 2 * 3 * 3
-
-
-def stored(folder, change):
-    """Change the tensors of a folder's file."""
-    path = folder / "model.safetensors"
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    save_file(change(load_file(path)), path, metadata=metadata)
-
-
-def test_experts_of_several_types_become_one(tmp_path):
-    networks.build("mixtral").save_pretrained(tmp_path / "dense")
-    stored(
-        tmp_path / "dense", lambda tensors: {k: v.bfloat16() if ".experts.0." in k else v for k, v in tensors.items()}
-    )
-    lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.25", output=tmp_path / "small", exclude=["*down_proj"])
-    kept = load_file(tmp_path / "small" / "model.safetensors")["model.layers.1.mlp.experts.down_proj"]
-    dense = lrconvert.load(tmp_path / "dense").get_parameter("model.layers.1.mlp.experts.down_proj")
-    assert torch.equal(kept, dense)
-
-
-def test_experts_that_the_model_has_no_place_for_are_kept(tmp_path):
-    networks.build("mixtral").save_pretrained(tmp_path / "dense")
-    more = lambda tensors: tensors | {k.replace("layers.1.", "layers.2."): v.clone() for k, v in tensors.items()}  # noqa: E731
-    stored(tmp_path / "dense", more)
-    record = lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.25", output=tmp_path / "small", include=["*q_proj"])
-    assert any("unknown to the model" in note for note in record.notes)
-    assert more(load_file(tmp_path / "dense" / "model.safetensors")).keys() == {
-        key.replace(".u.weight", ".weight")
-        for key in load_file(tmp_path / "small" / "model.safetensors")
-        if not key.endswith(".v.weight")
-    }
-
-
-def test_experts_stored_the_other_way_round(tmp_path):
-    """(experts, in, out) in the file, (experts, out, in) in the model; the keys are the same."""
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
-    text = {**networks.TEXT, **networks.SIZES, "num_key_value_heads": 2, "head_dim": 8, "rope_parameters": rope}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
-    config = transformers.Qwen3VLMoeConfig(
-        text_config={**text, "num_experts": 4, "moe_intermediate_size": 24},
-        vision_config={**vision, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
-    )
-    torch.manual_seed(0)
-    model = transformers.Qwen3VLMoeForConditionalGeneration(config)
-    model.save_pretrained(tmp_path / "dense")
-
-    def turned(tensors):
-        return {k: v.mT.contiguous() if ".experts." in k else v for k, v in tensors.items()}
-
-    stored(tmp_path / "dense", turned)
-    record = lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.5", output=tmp_path / "small")
-    assert sum(row.kind == "experts" and row.rank is not None for row in record.layers) == 4
-    live = lrconvert.merge(lrconvert.factorize(model, "rank_ratio=0.5")).state_dict()
-    merged = lrconvert.merge(lrconvert.load(tmp_path / "small")).state_dict()
-    for key in live:
-        if ".experts." in key:
-            assert_close(merged[key], live[key], 1e-5)
-
-
-def test_a_factorized_folder_with_experts_apart(tmp_path):
-    """As lrconvert wrote them while it left experts as they are in the file."""
-    networks.build("mixtral").save_pretrained(tmp_path / "dense")
-    lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.25", output=tmp_path / "small", exclude=["*experts*"])
-    want = run(lrconvert.load(tmp_path / "small"), tmp_path / "dense")
-    dense = load_file(tmp_path / "dense" / "model.safetensors")
-    apart = {key: tensor for key, tensor in dense.items() if ".block_sparse_moe." in key}
-    stored(tmp_path / "small", lambda tensors: {k: v for k, v in tensors.items() if ".mlp." not in k} | apart)
-    assert_close(run(lrconvert.load(tmp_path / "small"), tmp_path / "dense"), want, 1e-6)
-    compared = lrconvert.compare(tmp_path / "small", tmp_path / "dense")
-    assert not compared.only_first
-    assert not compared.only_second
-    assert lrconvert.export(tmp_path / "small", tmp_path / "small.onnx", "onnx").difference < 1e-4
-
-
-def test_older_names_are_the_models(tmp_path):
-    networks.build("bert").save_pretrained(tmp_path / "dense")
-    path = tmp_path / "dense" / "model.safetensors"
-    tensors = load_file(path)
-    older = {key.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for key, tensor in tensors.items()}
-    assert older.keys() != tensors.keys()
-    save_file(older, path, metadata={"format": "pt"})
-    record = lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.5", output=tmp_path / "small")
-    assert record.order == "execution"
-    assert any("read under other names" in note for note in record.notes)
-    small = lrconvert.load(tmp_path / "small")
-    theirs, found = type(small).from_pretrained(tmp_path / "small", output_loading_info=True)
-    assert not any(found.values())
-    assert_close(run(small, tmp_path / "dense"), run(theirs, tmp_path / "dense"), 1e-6)
-
-
 def _bart():
     depth = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _DEPTH.items()}
     return transformers.BartForConditionalGeneration(transformers.BartConfig(**networks.TEXT, d_model=64, **depth))
@@ -318,7 +192,9 @@ def test_other_inputs(name, tmp_path):
     architecture = find_architecture(f"hf/{tmp_path}/dense")
     small = lrconvert.load(tmp_path / "small")
     assert trace(small, architecture.inputs).macs == record.macs_after < record.macs_before
-    assert_close(run(small, tmp_path / "dense"), run(lrconvert.merge(small), tmp_path / "dense"), 1e-5)
+    assert_close(
+        networks.run(small, tmp_path / "dense"), networks.run(lrconvert.merge(small), tmp_path / "dense"), 1e-5
+    )
     assert lrconvert.export(tmp_path / "small", tmp_path / "small.onnx", "onnx").difference < 1e-4
 
 
@@ -406,10 +282,10 @@ def test_a_real_sentence_encoder(real_checkpoints, tmp_path):
     assert (record.model, record.order) == ("hf/BertModel", "execution")
     small = lrconvert.load(tmp_path / "small")
     reference = transformers.AutoModel.from_pretrained(source)
-    assert_close(run(lrconvert.load(source), source), run(reference, source), 1e-6)
-    out = run(small, source)
-    assert torch.equal(out, run(transformers.AutoModel.from_pretrained(tmp_path / "small"), source))
-    assert_close(out, run(lrconvert.merge(small), source), 1e-5)
+    assert_close(networks.run(lrconvert.load(source), source), networks.run(reference, source), 1e-6)
+    out = networks.run(small, source)
+    assert torch.equal(out, networks.run(transformers.AutoModel.from_pretrained(tmp_path / "small"), source))
+    assert_close(out, networks.run(lrconvert.merge(small), source), 1e-5)
     assert lrconvert.export(tmp_path / "small", tmp_path / "small.onnx", "onnx").difference < 1e-4
 
 
