@@ -208,17 +208,29 @@ def _by_dtype(layer: Layer, network: Network) -> Layer:
 
 
 def _from_graph(network: Network, graph: "Graph", model: str | None, input_shape: tuple[int, ...] | None) -> Network:
+    from lrconvert.onnx_graph.cost import trace_graph, uncounted
+
     if model is not None:
         raise UsageError(f"{network.name} is a graph and needs no model: leave --model out")
     layers = tuple(weight.layer for weight in graph.weights)
     header = network.checkpoint.header if network.checkpoint else None
     quantized = sum(layer.num_params for layer in layers if layer.kind == "quantized")
+    shape = input_shape or (header.input_shape if header else None)
+    found, notes = None, network.notes
+    try:
+        found = trace_graph(graph, shape)
+        if others := uncounted(graph):
+            notes = (*notes, f"MACs are counted without those of {', '.join(others)}")
+    except ModelError as error:
+        notes = (*notes, f"no MACs: {error}")
     return replace(
         network,
         layers=layers,
         order="execution",
         num_params=count_parameters(network.tensors) + quantized,
-        inputs=one_input(input_shape or (header.input_shape if header else None)),
+        trace=found,
+        inputs=one_input(shape),
+        notes=notes,
     )
 
 

@@ -164,12 +164,8 @@ def _traced(network: Network, budget: Budget) -> Trace:
     """What a forward pass of `network` showed; UsageError, with the way to make it, where there was none."""
     if network.trace is not None:
         return network.trace
-    if network.checkpoint is not None and network.checkpoint.graph is not None:
-        fix = "those of a graph are not counted; ask for --param-ratio"
-    elif network.module is None:
-        fix = "name the architecture with --model"
-    else:
-        fix = network.notes[-1]
+    graph = network.checkpoint is not None and network.checkpoint.graph is not None
+    fix = network.notes[-1] if network.module is not None or graph else "name the architecture with --model"
     raise UsageError(f"{budget.option} needs the MACs of {network.name}: {fix}")
 
 

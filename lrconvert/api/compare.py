@@ -55,7 +55,7 @@ def compare(
         raise CheckpointError(f"{first} and {second} have no tensor in common")
     sides = [_side(network) for network in networks]
     difference, note = None, None
-    if all(network.trace is not None for network in networks):
+    if all(network.module is not None and network.trace is not None for network in networks):
         difference, note, sides = _run_both(files, networks, sides, model, model_args, batch_size)
     graphs = [file.graph for file in files]
     if graphs[0] is not None and graphs[1] is not None:

@@ -279,7 +279,7 @@ def factorize(
         options.parse_model_args(model_arg),
         options.parse_shape(input_shape),
     )
-    if auto and not budget and network.trace is not None:
+    if auto and not budget and network.module is not None and network.trace is not None:
         chosen.setdefault("goal", "both")
     if output is not None and not dry_run:
         check_output(output, network.checkpoint, overwrite)

@@ -4,13 +4,14 @@ Sizes may be symbols, and an integer may choose between branches. So likely size
 whoever runs the graph tries them until it runs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto, ValueInfoProto
+from onnx import NodeProto, TensorProto, TensorShapeProto, ValueInfoProto
 
+from lrconvert.errors import ModelError
 from lrconvert.onnx_graph.graph import Graph
 from lrconvert.onnx_graph.scopes import Value
 from lrconvert.onnx_graph.weights import produced_by
@@ -84,6 +85,32 @@ def _comparisons(value: Value, produced: dict[int, list[Value]]) -> Iterator[Nod
                 yield from _comparisons(output, produced)
 
 
+def one_example(graph: Graph, input_shape: tuple[int, ...] | None) -> Iterator[Feed]:
+    """Random inputs of one example; several choices of what the graph compares with constants, none of any size.
+
+    Args:
+        graph: whose inputs.
+        input_shape: as for `make_up`.
+
+    Raises:
+        ModelError: a size is not known, or an input is of a kind that cannot be made up.
+    """
+    for numbers in choices_of(graph):
+        for second_is_batch in (False, True):
+            try:
+                feed = make_up(graph, Sizes(1, 0, second_is_batch), numbers, 1.0, input_shape)
+            except ValueError as error:
+                raise ModelError(str(error)) from None
+            open_ones = [name for name, array in feed.items() if not array.size]
+            if not open_ones:
+                yield feed
+            elif second_is_batch or len(feed) == 1:
+                given = next(each for each in graph.model.graph.input if each.name == open_ones[0])
+                dims = ", ".join(dim.dim_param or str(dim.dim_value or "?") for dim in _dims(given))
+                fix = "only one input's shape can be given" if input_shape else "--input-shape says how large it is"
+                raise ModelError(f"input '{given.name}' is ({dims}): {fix}")
+
+
 def make_up(
     graph: Graph, sizes: Sizes, numbers: dict[str, int], scale: float, input_shape: tuple[int, ...] | None
 ) -> Feed:
@@ -94,22 +121,25 @@ def make_up(
         sizes: for the open dimensions.
         numbers: values of integer inputs; others are 0 or 1.
         scale: standard deviation of real numbers.
-        input_shape: shape of the first input of real numbers without the batch, where it is known.
+        input_shape: without the batch, of the first input of real numbers that is open and has as many dimensions, or
+            else of the first one of whole numbers.
 
     Raises:
         ValueError: an input is of a kind that cannot be made up.
     """
     generator = np.random.default_rng(0)
-    constants = {tensor.name for tensor in graph.model.graph.initializer}
+    inputs = _inputs(graph)
     symbols: dict[str, int] = {}
+    shaped = _shaped(inputs, input_shape) if input_shape else None
+    if shaped is not None and input_shape:
+        symbols = {dim.dim_param: size for dim, size in zip(_dims(shaped)[1:], input_shape, strict=True)}
     feed: Feed = {}
-    for given in graph.model.graph.input:
-        if given.name in constants:
-            continue
-        kind, shape = given.type.tensor_type.elem_type, _shape(given, sizes, symbols, is_first=not feed)
+    for given in inputs:
+        kind = given.type.tensor_type.elem_type
+        shape = _shape(given, sizes, symbols, is_first=not feed)
+        if given is shaped and input_shape:
+            shape = (shape[0], *input_shape)
         if kind in _FLOATS:
-            if input_shape and len(shape) == len(input_shape) + 1:
-                shape, input_shape = (shape[0], *input_shape), None
             feed[given.name] = (scale * generator.standard_normal(shape)).astype(_FLOATS[kind])
         elif kind in _INTEGERS:
             low = 1 if "mask" in given.name.lower() else 0
@@ -118,13 +148,34 @@ def make_up(
         elif kind == TensorProto.BOOL:
             feed[given.name] = np.ones(shape, bool)
         else:
-            raise ValueError(f"'{given.name}' is of a kind that cannot be made up")
+            raise ValueError(f"input '{given.name}' is of a kind that cannot be made up")
     return feed
+
+
+def _inputs(graph: Graph) -> list[ValueInfoProto]:
+    """What has to be given to run the graph."""
+    constants = {tensor.name for tensor in graph.model.graph.initializer}
+    return [given for given in graph.model.graph.input if given.name not in constants]
+
+
+def _dims(given: ValueInfoProto) -> list[TensorShapeProto.Dimension]:
+    return list(given.type.tensor_type.shape.dim)
+
+
+def _shaped(inputs: Sequence[ValueInfoProto], input_shape: tuple[int, ...]) -> ValueInfoProto | None:
+    """The input that `input_shape` is of."""
+    for kinds in (_FLOATS, _INTEGERS):
+        for given in inputs:
+            dims = _dims(given)[1:]
+            fits = len(dims) == len(input_shape) and any(dim.dim_value <= 0 for dim in dims)
+            if fits and given.type.tensor_type.elem_type in kinds:
+                return given
+    return None
 
 
 def _shape(given: ValueInfoProto, sizes: Sizes, symbols: dict[str, int], is_first: bool) -> tuple[int, ...]:
     shape = []
-    for index, dim in enumerate(given.type.tensor_type.shape.dim):
+    for index, dim in enumerate(_dims(given)):
         if dim.dim_value > 0:
             shape.append(int(dim.dim_value))
             continue

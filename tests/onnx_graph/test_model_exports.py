@@ -6,6 +6,7 @@ import torch
 from hf_networks import NETWORKS, build
 
 import lrconvert
+from lrconvert.network import open_network
 
 TIMM = {
     "vit_tiny_patch16_224": {"depth": 2, "img_size": 64},
@@ -23,9 +24,11 @@ STACKS = ("gpt_oss", "granite_moe", "mixtral")
 
 def factorized_as_a_graph(folder):
     """The record of factorizing folder/dense.onnx, which was run beside the graph with merged weights."""
-    return lrconvert.factorize(
+    record = lrconvert.factorize(
         folder / "dense.onnx", "rank_ratio=0.25", output=folder / "small.onnx", keep_first=0, keep_last=False
     )
+    assert open_network(folder / "small.onnx").trace.macs == record.macs_after < record.macs_before
+    return record
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
@@ -33,6 +36,7 @@ def test_transformers_networks(tmp_path, name):
     build(name).save_pretrained(tmp_path / "dense")
     lrconvert.export(tmp_path / "dense", tmp_path / "dense.onnx", "onnx")
     record = factorized_as_a_graph(tmp_path)
+    assert record.macs_before == open_network(tmp_path / "dense").trace.macs
     assert record.difference is not None
     assert record.difference <= 1e-4
     assert record.num_params_after < (0.95 if name in STACKS else 0.75) * record.num_params_before
@@ -42,15 +46,14 @@ def test_transformers_networks(tmp_path, name):
 def test_timm_networks(tmp_path, name):
     torch.manual_seed(0)
     torch.save(timm.create_model(name, **TIMM[name]).state_dict(), tmp_path / "dense.pt")
-    lrconvert.export(
-        tmp_path / "dense.pt",
-        tmp_path / "dense.onnx",
-        "onnx",
-        model=f"timm/{name}",
-        model_args=TIMM[name],
-        input_shape=(3, 64, 64) if name in ("convnext_atto", "efficientnet_b0") else None,
-    )
+    source = {
+        "model": f"timm/{name}",
+        "model_args": TIMM[name],
+        "input_shape": (3, 64, 64) if name in ("convnext_atto", "efficientnet_b0") else None,
+    }
+    lrconvert.export(tmp_path / "dense.pt", tmp_path / "dense.onnx", "onnx", **source)
     record = factorized_as_a_graph(tmp_path)
+    assert record.macs_before == open_network(tmp_path / "dense.pt", **source).trace.macs
     assert record.difference is not None
     assert record.difference <= 1e-4
     assert record.num_params_after < record.num_params_before
