@@ -14,7 +14,7 @@ import functools
 import random
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +167,24 @@ class Run:
 
 @torch.no_grad()
 def similarities(model: nn.Module, calls: tuple[Call, ...]) -> np.ndarray[Any, Any]:
-    """Cosine similarities of all pairs of texts, by means over tokens."""
+    """Cosine similarities of all pairs of texts."""
+    return pairwise(mean_embeddings(lambda call: call.run(model).last_hidden_state, calls))
+
+
+def mean_embeddings(hidden_of: Callable[[Call], Tensor], calls: Iterable[Call]) -> Tensor:
+    """Unit vectors (texts, channels): means over tokens of what `hidden_of` makes of a call."""
     embeddings = []
     for call in calls:
-        hidden: Tensor = call.run(model).last_hidden_state
+        hidden = hidden_of(call)
         mask = call.kwargs["attention_mask"][..., None].to(hidden)
         embeddings.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
-    together = torch.cat(embeddings)
-    pairs = torch.triu_indices(len(together), len(together), offset=1)
-    found: np.ndarray[Any, Any] = (together @ together.T)[pairs[0], pairs[1]].numpy()
+    return torch.cat(embeddings)
+
+
+def pairwise(embeddings: Tensor) -> np.ndarray[Any, Any]:
+    """Inner products of all pairs."""
+    pairs = torch.triu_indices(len(embeddings), len(embeddings), offset=1)
+    found: np.ndarray[Any, Any] = (embeddings @ embeddings.T)[pairs[0], pairs[1]].numpy()
     return found
 
 

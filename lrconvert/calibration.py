@@ -58,6 +58,11 @@ class Calibration:
     notes: tuple[str, ...] = ()
     calls: tuple[Call, ...] = ()
 
+    @property
+    def allocator(self) -> str:
+        """Who distributes a budget by default: without gradients, measurements bring the errors into one unit."""
+        return "output_error" if self.two_sided or not self.measured else "sensitivity"
+
     def curves(self) -> dict[str, FloatArray]:
         """By layer name, predicted squared error of the output at every rank (full_rank + 1,), from 0 up."""
         curves = {}

@@ -16,7 +16,7 @@ from lrconvert.errors import PlanError, VerificationError, WeightError
 from lrconvert.layers.norm import EPS, fresh_norm
 from lrconvert.layers.pivots import check_order, pivot, with_pivots
 from lrconvert.plan import LayerPlan, Plan
-from lrconvert.plan_check import check_plan
+from lrconvert.plan_check import check_plan, responses_of
 from lrconvert.response import Response
 from lrconvert.rewrite import CPU, Layout, Rewrite, moving
 from lrconvert.spectrum import factors_of, finite_energy
@@ -125,16 +125,13 @@ def factorizing(
         PlanError: the plan does not match the tensors, or needs a response that is not there.
     """
     check_plan(plan, shapes_of(tensors))
-    responses = responses or {}
-    unknown = next((layer.name for layer in plan.low_rank if layer.data_aware and layer.name not in responses), None)
-    if unknown is not None:
-        raise PlanError(f"the plan was made with calibration data, and {unknown} needs it again: give --calibrate")
+    fitting = responses_of(plan, responses)
     weights = {layer.weight: layer for layer in plan.low_rank}
     biases = {layer.bias_key: layer for layer in plan.low_rank}
     steps = []
     for key, ref in tensors.items():
         if key in weights and weights[key].data_aware:
-            steps.append(_fitting(key, tensors, weights[key], responses[weights[key].name]))
+            steps.append(_fitting(key, tensors, weights[key], fitting[weights[key].name]))
         elif key in weights:
             steps.append(_factorizing(key, ref, weights[key], device))
         elif key in biases and biases[key].data_aware:

@@ -209,13 +209,14 @@ def _by_dtype(layer: Layer, network: Network) -> Layer:
 
 def _from_graph(network: Network, graph: "Graph", model: str | None, input_shape: tuple[int, ...] | None) -> Network:
     from lrconvert.onnx_graph.cost import trace_graph, uncounted
+    from lrconvert.onnx_graph.inputs import fixed_shape
 
     if model is not None:
         raise UsageError(f"{network.name} is a graph and needs no model: leave --model out")
     layers = tuple(weight.layer for weight in graph.weights)
     header = network.checkpoint.header if network.checkpoint else None
     quantized = sum(layer.num_params for layer in layers if layer.kind == "quantized")
-    shape = input_shape or (header.input_shape if header else None)
+    shape = input_shape or (header.input_shape if header else None) or fixed_shape(graph)
     found, notes = None, network.notes
     try:
         found = trace_graph(graph, shape)

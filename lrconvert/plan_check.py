@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from lrconvert.errors import PlanError
 from lrconvert.layers import LAYOUTS
 from lrconvert.plan import Plan
+from lrconvert.response import Response
 from lrconvert.views import can_be_spatial, can_norm, can_pivot
 
 
@@ -42,3 +43,17 @@ def check_plan(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise PlanError(f"{layer.name}: {layer.shape} does not divide into {layer.groups} groups")
         if layer.rank is None or layer.rank > layer.layer.full_rank:
             raise PlanError(f"{layer.name}: rank {layer.rank} is not from 1 to full rank {layer.layer.full_rank}")
+
+
+def responses_of(plan: Plan, responses: Mapping[str, Response] | None) -> dict[str, Response]:
+    """By layer name, those of `responses` that the data-aware layers of `plan` are factorized with.
+
+    Raises:
+        PlanError: one is not there.
+    """
+    known = responses or {}
+    aware = [layer.name for layer in plan.low_rank if layer.data_aware]
+    unknown = next((name for name in aware if name not in known), None)
+    if unknown is not None:
+        raise PlanError(f"the plan was made with calibration data, and {unknown} needs it again: give --calibrate")
+    return {name: known[name] for name in aware}

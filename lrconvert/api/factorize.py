@@ -91,8 +91,8 @@ def factorize(
     network = open_network(source, model, model_args, input_shape)
     graph = network.checkpoint.graph if network.checkpoint else None
     refuse_factorized(network)
-    if graph is not None and calibration is not None:
-        raise UsageError(f"{network.name} is a graph, which is not factorized by examples: factorize its model")
+    if graph is not None and sequential:
+        raise UsageError(f"{network.name} is a graph, whose layers are not fitted in turn: leave sequential out")
     if sequential and calibration is None:
         raise UsageError("fitting layers in turn takes the examples of a calibration: calibration=calibrate(…)")
     if sequential and calibration is not None:
@@ -123,6 +123,7 @@ def factorize(
     responses = calibration.responses if calibration else None
     if not plan.low_rank:
         raise NothingToCompressError(_why_nothing(plan, network))
+    notes = tuple(f"calibrated on {note}" for note in calibration.notes) if calibration else ()
     examples = calibration.calls if calibration and sequential and not dry_run else ()
     if isinstance(source, nn.Module):
         dense = copy.deepcopy(source) if examples else source
@@ -131,11 +132,11 @@ def factorize(
             fit_in_turn(small, dense, examples, device=where, progress=progress)
         return mark(small)
     if graph is not None:
-        outcome = None if dry_run else _write_graph(network, graph, plan, Path(str(output)), overwrite, where, progress)
-        path = None if dry_run else Path(str(output))
-        return _record(network, plan, path, time.perf_counter() - started, outcome)
+        path, outcome = None if dry_run else Path(str(output)), None
+        if path is not None:
+            outcome = _write_graph(network, graph, plan, path, overwrite, where, responses, notes, progress)
+        return _record(network, plan, path, time.perf_counter() - started, outcome, notes)
     steps = factorizing(network.tensors, plan, where, responses)
-    notes = tuple(f"calibrated on {note}" for note in calibration.notes) if calibration else ()
     if examples:
         values, fitted = _fitted(network, plan, responses, examples, where, progress)
         steps, notes = overruled(steps, values), (*notes, *fitted)
@@ -182,6 +183,8 @@ def _write_graph(
     output: Path,
     overwrite: bool,
     device: torch.device,
+    responses: Mapping[str, Response] | None,
+    notes: tuple[str, ...],
     progress: Progress | None,
 ) -> "Outcome":
     from lrconvert.checkpoints.onnx_file import write_graph
@@ -190,10 +193,11 @@ def _write_graph(
         output,
         graph,
         plan,
-        header_for(network, plan),
+        header_for(network, plan, notes),
         input_shape=shape_of(network.inputs),
         overwrite=overwrite,
         device=device,
+        responses=responses,
         progress=progress("factorizing", len(plan.low_rank)) if progress else None,
     )
 

@@ -114,7 +114,7 @@ def make_plan(
     if (min_accuracy is None) != (evaluate is None):
         raise UsageError("--min-accuracy and --evaluate DATASET, the labelled images to measure it on, go together")
     if calibration is not None and any(target is not None for target in targets.values()):
-        allocator = allocator or "output_error"
+        allocator = allocator or calibration.allocator
     options = plan_options(
         rule,
         budget=one_budget(allocator, **targets),
@@ -153,7 +153,7 @@ def make_plan(
         known = {layer.name for layer in candidates.layers if matches_response(layer, calibration.responses)}
         together = [layer for layer in candidates.plan(analysis.spectra, xi).low_rank if layer.name in known]
         saved = sum(layer.layer.num_params - layer.num_params_after for layer in together)
-        budget = Budget("param_ratio", 1 - saved / network.num_params, "output_error") if together else None
+        budget = Budget("param_ratio", 1 - saved / network.num_params, calibration.allocator) if together else None
         candidates = replace(candidates, options=replace(options, rule=budget or options.rule))
     curves = None if calibration is None or budget is None else _curves(budget, calibration, candidates.layers)
 

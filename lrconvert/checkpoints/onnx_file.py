@@ -1,7 +1,7 @@
 """ONNX graphs: read with weights as tensors, written with factors in their place, and run before they are kept."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from lrconvert.onnx_graph.check import TOLERANCE, Outcome, compare_runs
 from lrconvert.onnx_graph.graph import Draft, Graph, set_note
 from lrconvert.onnx_graph.save import data_path, save
 from lrconvert.plan import Plan
+from lrconvert.response import Response
 from lrconvert.rewrite import CPU
 
 Progress = Callable[[], None] | None
@@ -43,11 +44,13 @@ def write_graph(
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
     device: torch.device = CPU,
+    responses: Mapping[str, Response] | None = None,
     progress: Progress = None,
 ) -> Outcome:
     """Write `source` factorized by `plan`, or with `merge` its factors multiplied out, and run it before it is kept.
 
-    A factorized graph is run beside `source` with merged weights, a merged one beside `source` itself.
+    A factorized graph is run beside `source` with merged weights, a merged one beside `source` itself. `responses` are
+    those of the layers that the plan wants data-aware.
 
     Raises:
         PlanError: the plan is not one for this graph, or the graph does not hold its factors.
@@ -55,7 +58,7 @@ def write_graph(
         VerificationError: the two compute different things; nothing is kept.
     """
     with atomic_path(path, overwrite) as temporary:
-        draft = source.merged(plan) if merge else source.factorized(plan, device)
+        draft = source.merged(plan) if merge else source.factorized(plan, device, responses)
         _write(draft, temporary, header, path, overwrite, device, progress)
         written = Graph(temporary)
         if merge:

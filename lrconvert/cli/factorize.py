@@ -281,6 +281,8 @@ def factorize(
     )
     if auto and not budget and network.module is not None and network.trace is not None:
         chosen.setdefault("goal", "both")
+    if sequential and network.checkpoint is not None and network.checkpoint.graph is not None:
+        raise UsageError(f"{network.name} is a graph, whose layers are not fitted in turn: leave --sequential out")
     if output is not None and not dry_run:
         check_output(output, network.checkpoint, overwrite)
     if save_plan is not None:
@@ -296,7 +298,7 @@ def factorize(
                 splits={layer.name: layer.groups for layer in ready.low_rank}
                 if ready
                 else options.parse_numbers("--split", split),
-                measure=allocator == "sensitivity",
+                measure=None if allocator is None else allocator == "sensitivity",
                 device=device,
                 progress=progress,
             )

@@ -5,12 +5,13 @@ alone may be saturated. Where a tiny change of the inputs changes a value as muc
 is left out. Where nothing can be compared, that is said, and nothing is claimed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnxruntime
 import torch
-from onnx import ModelProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from lrconvert.errors import VerificationError
 from lrconvert.onnx_graph.graph import Graph
@@ -71,7 +72,7 @@ def compare_runs(
     common = _probes(small)
     probes = [name for name in _probes(reference) if name in common and name not in outputs]
     try:
-        session = _session(reference, probes)
+        session = session_of(reference, probes)
     except Exception as error:
         return Outcome(runner, None, f"not checked: onnxruntime cannot load this graph ({_line(error)})")
     runs, reason = _runs_of(session, reference, outputs, input_shape, tolerance)
@@ -80,7 +81,7 @@ def compare_runs(
         hint = "" if input_shape else "; --input-shape may help"
         return Outcome(runner, None, f"not checked: no random input shows what the graph computes ({reason}{hint})")
     try:
-        session = _session(small, probes)
+        session = session_of(small, probes)
         got = [dict(zip([*outputs, *probes], session.run(None, run.feed), strict=True)) for run in runs]
     except Exception as error:
         raise VerificationError(f"{where}: onnxruntime cannot run the factorized graph ({_line(error)})") from error
@@ -107,7 +108,7 @@ def side_by_side(first: Graph, second: Graph, input_shape: tuple[int, ...] | Non
     """Run two graphs, one perhaps factorized from the other; None where no input was found that both run on."""
     outputs = [output.name for output in first.model.graph.output]
     try:
-        sessions = [_session(graph, []) for graph in (first, second)]
+        sessions = [session_of(graph, []) for graph in (first, second)]
         runs, _ = _runs_of(sessions[0], first, outputs, input_shape, TOLERANCE)
         feed = max(runs, key=lambda run: _rank(run, outputs)).feed
         a, b = ([value for value in session.run(None, feed) if _is_real(value)] for session in sessions)
@@ -160,11 +161,24 @@ def _probes(graph: Graph) -> list[str]:
     return [name for node in nodes for name in node.output if name]
 
 
-def _session(graph: Graph, probes: list[str]) -> onnxruntime.InferenceSession:
-    """A session whose outputs are those of `graph`, then `probes`."""
+def session_of(
+    graph: Graph, probes: Sequence[str] = (), given: Sequence[TensorProto] = ()
+) -> onnxruntime.InferenceSession:
+    """A session whose outputs are those of `graph`, then `probes`; its constants `given` are inputs."""
     model = ModelProto()
     model.CopyFrom(graph.model)
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in probes)
+    taken = {tensor.name for tensor in given}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in taken]
+    nodes = [node for node in model.graph.node if node.op_type != "Constant" or node.output[0] not in taken]
+    inputs = [each for each in model.graph.input if each.name not in taken]
+    if taken:
+        for held, rest in ((model.graph.initializer, kept), (model.graph.node, nodes), (model.graph.input, inputs)):
+            del held[:]
+            held.extend(rest)
+        model.graph.input.extend(
+            helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in given
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # failures come as exceptions, and are expected here
     folder = str(graph.path.parent.resolve())

@@ -19,6 +19,8 @@ from lrconvert.onnx_graph.scopes import STANDARD, Scopes, scopes_of
 from lrconvert.onnx_graph.tensors import data_place, is_external, ref_of
 from lrconvert.onnx_graph.weights import Weight, keyed, matrices, product_of, weights_of
 from lrconvert.plan import LayerPlan, Plan
+from lrconvert.plan_check import responses_of
+from lrconvert.response import Response
 from lrconvert.rewrite import CPU, Rewrite
 from lrconvert.spectrum import factors_of
 from lrconvert.tensors import TensorRef
@@ -122,11 +124,18 @@ class Graph:
                 )
         return {decision.name: known[decision.name] for decision in plan.low_rank}
 
-    def factorized(self, plan: Plan, device: torch.device = CPU) -> Draft:
+    def factorized(
+        self, plan: Plan, device: torch.device = CPU, responses: Mapping[str, Response] | None = None
+    ) -> Draft:
         """The graph with factors in the place of the weights that `plan` names.
 
+        Args:
+            plan: what to do.
+            device: where to compute.
+            responses: by layer name, for the layers that the plan wants data-aware.
+
         Raises:
-            PlanError: the plan is not one for this graph.
+            PlanError: the plan is not one for this graph, or needs a response that is not there.
             CheckpointError: its operators are too old.
         """
         if self.opset < OLDEST_OPSET:
@@ -135,6 +144,7 @@ class Graph:
                 f"onnx.version_converter.convert_version(model, {OLDEST_OPSET})"
             )
         self.check(plan)
+        fitting = responses_of(plan, responses)
         fresh = Graph(self.path)
         weights = fresh.check(plan)
         edit = Edit(fresh.model, fresh.scopes)
@@ -143,7 +153,8 @@ class Graph:
             assert layer.rank is not None
             names[layer.weight] = factor_names(weights[layer.name], edit)
             put_factors(edit, weights[layer.name], layer.rank, names[layer.weight])
-            steps.append(self._factorizing(weights[layer.name], layer, names[layer.weight], device))
+            response = fitting.get(layer.name)
+            steps.append(self._factorizing(weights[layer.name], layer, names[layer.weight], device, response))
         edit.apply()
         set_note(fresh.model, FACTORS_KEY, json.dumps({key: astuple(each) for key, each in names.items()}))
         constants = constants_of(fresh.model)
@@ -222,13 +233,18 @@ class Graph:
 
         return TensorRef(weight.layer.shape, stored.dtype, read)
 
-    def _factorizing(self, weight: Weight, layer: LayerPlan, names: FactorNames, device: torch.device) -> Rewrite:
+    def _factorizing(
+        self, weight: Weight, layer: LayerPlan, names: FactorNames, device: torch.device, response: Response | None
+    ) -> Rewrite:
         assert layer.rank is not None
         rank, ref = layer.rank, self._out_first(next(each for each in self.weights if each.layer == weight.layer))
 
         def make() -> dict[str, Tensor]:
             dense = matrices(ref.read().to(device), layer.groups)
-            u, v = factors_of(dense, rank, layer.name, layer.error)
+            if response is None:
+                u, v = factors_of(dense, rank, layer.name, layer.error)
+            else:
+                u, v, _ = response.factors(dense, rank)
             left, right = weight.stored_factors(u.cpu(), v.cpu(), rank)
             return {names.left: left, names.right: right}
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto, TensorShapeProto, ValueInfoProto
+from torch import Tensor
 
-from lrconvert.errors import ModelError
+from lrconvert.errors import ModelError, UsageError
 from lrconvert.onnx_graph.graph import Graph
 from lrconvert.onnx_graph.scopes import Value
 from lrconvert.onnx_graph.weights import produced_by
@@ -128,7 +129,7 @@ def make_up(
         ValueError: an input is of a kind that cannot be made up.
     """
     generator = np.random.default_rng(0)
-    inputs = _inputs(graph)
+    inputs = inputs_of(graph)
     symbols: dict[str, int] = {}
     shaped = _shaped(inputs, input_shape) if input_shape else None
     if shaped is not None and input_shape:
@@ -152,10 +153,52 @@ def make_up(
     return feed
 
 
-def _inputs(graph: Graph) -> list[ValueInfoProto]:
-    """What has to be given to run the graph."""
+def inputs_of(graph: Graph) -> list[ValueInfoProto]:
+    """What has to be given to run the graph, in its order."""
     constants = {tensor.name for tensor in graph.model.graph.initializer}
     return [given for given in graph.model.graph.input if given.name not in constants]
+
+
+def fixed_shape(graph: Graph) -> tuple[int, ...] | None:
+    """The shape without the batch of its only input, of real numbers; None where it takes others, or leaves it open."""
+    inputs = inputs_of(graph)
+    if len(inputs) != 1 or inputs[0].type.tensor_type.elem_type not in _FLOATS:
+        return None
+    shape = tuple(int(dim.dim_value) for dim in _dims(inputs[0])[1:])
+    return shape if shape and all(size > 0 for size in shape) else None
+
+
+def fixed_batch(graph: Graph) -> int | None:
+    """How many examples the graph takes in a run, by its first input; None for any number."""
+    dims = next((_dims(given) for given in inputs_of(graph)), [])
+    return int(dims[0].dim_value) if dims and dims[0].dim_value > 0 else None
+
+
+def fixed_length(graph: Graph) -> int | None:
+    """How many tokens a text must have, by the first input of whole numbers; None for any number."""
+    ids = next((each for each in inputs_of(graph) if each.type.tensor_type.elem_type in _INTEGERS), None)
+    dims = _dims(ids) if ids is not None else []
+    return int(dims[1].dim_value) if len(dims) == 2 and dims[1].dim_value > 0 else None
+
+
+def array_of(given: ValueInfoProto, tensor: Tensor) -> np.ndarray:
+    """`tensor` as the input `given` takes it.
+
+    Raises:
+        UsageError: the input has another shape, or is of other numbers.
+    """
+    kind, dims = given.type.tensor_type.elem_type, _dims(given)
+    fits = len(dims) == tensor.dim() or not given.type.tensor_type.HasField("shape")
+    fits = fits and all(dim.dim_value in (0, -1, size) for dim, size in zip(dims, tensor.shape, strict=False))
+    wanted = _FLOATS.get(kind) or _INTEGERS.get(kind) or (np.bool_ if kind == TensorProto.BOOL else None)
+    if wanted is None or not fits or (tensor.is_floating_point() and kind not in _FLOATS):
+        sizes = ", ".join(dim.dim_param or str(max(dim.dim_value, 0) or "?") for dim in dims)
+        name = TensorProto.DataType.Name(kind).lower()
+        raise UsageError(
+            f"the graph's input '{given.name}' takes {name} ({sizes}), but the examples hold "
+            f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        )
+    return tensor.cpu().numpy().astype(wanted)
 
 
 def _dims(given: ValueInfoProto) -> list[TensorShapeProto.Dimension]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 from torch import Tensor
 
 from lrconvert.layers import Layer
@@ -41,6 +41,13 @@ class Path:
         return sum(node.op_type == "Transpose" for node in self.through) % 2 == 1
 
     @property
+    def wants_in_first(self) -> bool:
+        """Whether the operator, a product of matrices, takes the stored one as (in, out)."""
+        if self.use.slot == 0:
+            return self.is_transposed
+        return self.is_transposed == bool(attribute(self.use.node, "transB", 0))
+
+    @property
     def casts(self) -> tuple[NodeProto, ...]:
         """The casts on the way."""
         return tuple(node for node in self.through if node.op_type == "Cast")
@@ -65,8 +72,17 @@ class Weight:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape in the graph."""
+        return tuple(self.tensor.dims)
+
+    @property
+    def tensor(self) -> TensorProto:
+        """The constant, as the graph holds it."""
         assert self.value.tensor is not None
-        return tuple(self.value.tensor.dims)
+        return self.value.tensor
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """A weight in the layer's shape as the graph has it: the inverse of `out_first`."""
+        return (weight.mT if self.in_first else weight.reshape(self.stored_shape)).contiguous()
 
     def out_first(self, stored: Tensor) -> Tensor:
         """The weight in the layer's shape, (out, in/groups, *kernel)."""
@@ -195,8 +211,7 @@ def _role(path: Path, value: Value, operands: dict[tuple[int, int], Value]) -> _
         other = operands.get((id(node), 1 - slot))
         if other is not None and other.tensor is not None:
             return _Role("linear", reason="multiplied by another constant")
-        in_first = path.is_transposed == bool(attribute(node, "transB", 0))
-        return _Role("linear", in_first=in_first if slot == 1 else path.is_transposed)
+        return _Role("linear", in_first=path.wants_in_first)
     return _Role("parameter", reason=f"parameter: not a linear or convolution weight ({op} reads it)")
 
 
