@@ -6,8 +6,7 @@ Timed in one process, in turns: `lrconvert.analyze` on the live model; a loop of
 matrices; and WeightWatcher's `analyze()` with its own defaults (it cuts a convolution into one matrix for each kernel
 element, fits a power law to the spectrum, and skips parameters that are not the weight of a linear or convolution
 layer; "layers" says how many each of us looked at). Weights are random, seeded, or, in the rows called "decaying",
-have their i-th singular value divided by i: then float32 is not exact enough for small singular values, and lrconvert
-does the work again in float64, its worst case.
+have their i-th singular value divided by i.
 
 Speed is not bought with accuracy: the last column is the largest deviation of any singular value from
 `svdvals` in float64, relative to the largest singular value of its matrix.

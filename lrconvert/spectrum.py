@@ -2,9 +2,10 @@
 
 Shapes: a matrix view is (groups, rows, columns); singular values are (groups, full_rank), descending, float64.
 
-Both come from the eigenvalues of the small Gram matrix, W·Wᵀ or Wᵀ·W. That is several times faster than an SVD but
-squares the condition number: with a float32 product anything below about 3e-4·σ_max is noise. So large matrices are
-tried with a float32 product, and computed again in float64 whenever the noise could show in the result.
+Both come from the small Gram matrix, W·Wᵀ or Wᵀ·W. That is several times faster than an SVD but squares the condition
+number: with a float64 product σ below about 1e-8·σ_max are noise, with a float32 product those below 3e-4·σ_max, as
+trained weights have them. So singular values take a float64 product. Factors of large matrices are tried with a float32
+one, which their errors can bear more often, and computed again in float64 whenever its noise could show in the result.
 """
 
 from dataclasses import dataclass
@@ -19,17 +20,11 @@ LinAlgErrors: tuple[type[Exception], ...] = (torch.linalg.LinAlgError, np.linalg
 
 # Up to this full rank float64 costs next to nothing.
 ALWAYS_DOUBLE = 128
-# Eigenvalues of a float32 product are off by at most about this times the largest: 9e-8 was the most seen over spectra
-# from flat to σ_i ∝ i⁻⁴ and shapes from 130×4000 to 200×200000.
-_PRODUCT_NOISE = 2e-7
 # A basis from float32 eigenvectors loses up to about this share of ‖W‖² more than the best one, times the number of
 # rows: 2.0e-9 was the most seen, at 2048×2048 with σ_i ∝ 1/i.
 _VECTOR_NOISE = 2e-9
-# How far noise may move a singular value, relative to σ_max, and a truncation error, relative to the best.
-_VALUE_TOLERANCE = 1e-4
+# How far noise may move a truncation error, relative to the best.
 _ERROR_TOLERANCE = 1e-4
-# σ = √λ, so noise δ in λ moves σ by δ/(2σ): too much below this share of σ_max.
-_LEAST_SINGLE = _PRODUCT_NOISE / (2 * _VALUE_TOLERANCE)
 # ‖W‖² in this range: float32 squares neither over- nor underflow.
 SAFE_ENERGY = (1e-20, 1e30)
 
@@ -40,7 +35,7 @@ class Spectrum:
 
     Attributes:
         values: singular values (groups, full_rank), descending, float64, on the CPU.
-        energy: ‖W‖² of each group (groups,), float64; from the weight, or from the trace of its float32 Gram matrix.
+        energy: ‖W‖² of each group (groups,), float64.
     """
 
     values: Tensor
@@ -110,14 +105,13 @@ def spectrum_of(matrices: Tensor, name: str) -> Spectrum:
         WeightError: a value is NaN or infinite; `name` is the layer named in the message.
     """
     wide = widened(matrices)
-    spectrum = _spectrum_from(gram_of(wide, torch.float32)) if _may_be_single(wide) else None
-    if spectrum is not None:
-        smallest = spectrum.values[:, -1] / spectrum.values[:, 0]
-        if bool((smallest >= _LEAST_SINGLE).all()):
-            return spectrum
-    energy = finite_energy(matrices, name)
+    gram = gram_of(wide, torch.float64)
+    energy = gram.diagonal(dim1=1, dim2=2).sum(dim=1)
+    if not bool(torch.isfinite(energy).all()):
+        raise not_finite(matrices, name)
     try:
-        values = _roots(eigenvalues(gram_of(wide, torch.float64)))
+        # Rounding may leave some eigenvalues below zero.
+        values = eigenvalues(gram).clamp(min=0).sqrt()
     except LinAlgErrors:
         values = torch.linalg.svdvals(wide.double())
     return Spectrum(values.cpu(), energy.cpu())
@@ -174,15 +168,24 @@ def finite_energy(matrices: Tensor, name: str) -> Tensor:
     Raises:
         WeightError: a value is NaN or infinite. The sum shows it for free: float32 squares cannot overflow float64.
     """
-    wide = matrices if matrices.dtype.itemsize > 1 else matrices.float()  # float8 has no arithmetic of its own
-    energy = _energy(wide)
+    energy = _energy(_with_arithmetic(matrices))
     if not bool(torch.isfinite(energy).all()):
-        bad = matrices.numel() - int(torch.isfinite(wide).sum())
-        what = f"{bad} of {matrices.numel()} values are NaN or infinite" if bad else "its values overflow float64"
-        raise WeightError(
-            f"{name or 'weight'}: {what}; use an earlier checkpoint, or leave the layer out with --exclude '{name}'"
-        )
+        raise not_finite(matrices, name)
     return energy
+
+
+def not_finite(matrices: Tensor, name: str) -> WeightError:
+    """What to raise for a weight whose ‖W‖² is not finite."""
+    bad = matrices.numel() - int(torch.isfinite(_with_arithmetic(matrices)).sum())
+    what = f"{bad} of {matrices.numel()} values are NaN or infinite" if bad else "its values overflow float64"
+    return WeightError(
+        f"{name or 'weight'}: {what}; use an earlier checkpoint, or leave the layer out with --exclude '{name}'"
+    )
+
+
+def _with_arithmetic(matrices: Tensor) -> Tensor:
+    """`matrices`, or their copy in float32 where they are float8, which has no arithmetic of its own."""
+    return matrices if matrices.dtype.itemsize > 1 else matrices.float()
 
 
 def _energy(matrices: Tensor) -> Tensor:
@@ -237,39 +240,6 @@ def eigenvectors(gram: Tensor) -> Tensor:
     if gram.is_cpu and gram.dtype == torch.float64:
         return torch.from_numpy(np.linalg.eigh(gram.numpy()).eigenvectors)
     return torch.linalg.eigh(gram).eigenvectors
-
-
-def _roots(eigenvalues: Tensor) -> Tensor:
-    """Singular values of a matrix from the eigenvalues of its Gram matrix, where rounding may leave some below zero."""
-    return eigenvalues.clamp(min=0).sqrt()
-
-
-def _spectrum_from(gram: Tensor) -> Spectrum | None:
-    """The spectrum that a float32 Gram matrix holds; None where its squares are not finite, or too small or large."""
-    energy = gram.diagonal(dim1=1, dim2=2).double().sum(dim=1)
-    if not bool(((energy > SAFE_ENERGY[0]) & (energy < SAFE_ENERGY[1])).all()) or _surely_noisy(gram, energy):
-        return None
-    try:
-        return Spectrum(_roots(eigenvalues(gram)).cpu(), energy.cpu())
-    except LinAlgErrors:
-        return None
-
-
-def _surely_noisy(gram: Tensor, energy: Tensor) -> bool:
-    """Whether some σ is too small for this float32 Gram matrix, found before its eigenvalues are.
-
-    Inverse iteration bounds the smallest eigenvalue from above, Σλ²/Σλ the largest from below.
-    """
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if bool(failed.any()):
-        return True
-    largest = torch.linalg.matrix_norm(gram, dtype=torch.float64).square() / energy
-    x = torch.ones_like(gram[:, :, :1])
-    for _ in range(3):
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)  # float32 could not square it
-        x = torch.cholesky_solve(x / norm.float(), factor)
-    smallest = 1 / torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64)
-    return bool((smallest < _LEAST_SINGLE**2 * largest).any())
 
 
 def _basis_and_projection(wide: Tensor, rank: int, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
