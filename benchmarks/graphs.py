@@ -19,7 +19,7 @@ from sentence_embeddings import CALIBRATION, TEST, Run, mean_embeddings, pairwis
 import lrconvert
 from lrconvert.network import open_network
 from lrconvert.onnx_graph.graph import Graph
-from lrconvert.onnx_graph.module import GraphModule
+from lrconvert.onnx_graph.module import AdjustableGraph
 from lrconvert.samples import read_samples
 
 # Name to (whether examples are used, allocator).
@@ -72,7 +72,7 @@ def measure(model: Path, texts: Path, seed: int, kept: list[float], folder: Path
     test = read_samples(str(folder / "test.txt"), network, count=TEST, batch_size=32).calls
 
     def places(path: Path) -> np.ndarray[Any, Any]:
-        graph = GraphModule(Graph(path), [])
+        graph = AdjustableGraph(Graph(path), [])
         return ranks(pairwise(mean_embeddings(lambda call: call.run(graph)[0], test)))
 
     wanted = places(dense)

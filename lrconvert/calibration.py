@@ -130,7 +130,7 @@ def calibrate(
                 watch.mask = token_mask(call, here)
                 with torch.set_grad_enabled(two_sided), watch:
                     output = output_of(running, call, head)
-                energy += float((output.detach().double() ** 2).sum())
+                energy += energy_of(output)
                 for left in reversed(range(projections if output.requires_grad else 0)):
                     z = torch.randn(output.shape, generator=generator).to(output)
                     torch.autograd.backward(output, z / projections**0.5, retain_graph=left > 0)
@@ -160,8 +160,8 @@ def _parts(layers: Sequence[Layer], memory: int) -> Iterator[list[Layer]]:
         yield part
 
 
-def output_of(model: nn.Module, call: Call, head: Head | None = None) -> Tensor:
-    """The first floating-point tensor that `model` returns, logits or hidden states, without tokens that are hidden.
+def outputs_of(model: nn.Module, call: Call, head: Head | None = None) -> list[Tensor]:
+    """The floating-point tensors that `model` returns, logits or hidden states first, without tokens that are hidden.
 
     With a `head`, what that makes of all that `model` returns.
 
@@ -173,7 +173,17 @@ def output_of(model: nn.Module, call: Call, head: Head | None = None) -> Tensor:
     if not outputs:
         raise UsageError(f"the network returned {type(returned).__name__} without a floating-point tensor in it")
     mask = token_mask(call, outputs[0].device)
-    return shown(outputs[0], mask) if head is None else head(returned, mask)
+    return [shown(output, mask) for output in outputs] if head is None else [head(returned, mask)]
+
+
+def output_of(model: nn.Module, call: Call, head: Head | None = None) -> Tensor:
+    """The first of `outputs_of`: what counts of the output."""
+    return outputs_of(model, call, head)[0]
+
+
+def energy_of(output: Tensor) -> float:
+    """‖y‖² of an output, less what is not finite: logits of what is forbidden are −∞."""
+    return float(torch.nan_to_num(output.detach().double(), 0.0, 0.0, 0.0).square().sum())
 
 
 class _Moments:

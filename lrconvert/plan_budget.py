@@ -103,7 +103,7 @@ def plan_within(
     reasons = reasons_to_stay_dense(layers, options)
     candidates = [layer for layer in layers if layer.name not in reasons]
     errors = _errors(budget, candidates, evidence, curves)
-    reasons |= {layer.name: "not met in calibration" for layer in candidates if layer.name not in errors}
+    reasons |= {layer.name: "calibration says nothing of it" for layer in candidates if layer.name not in errors}
     candidates = [layer for layer in candidates if layer.name in errors]
     free: list[Layer] = []
     choices: list[Options] = []

@@ -1,7 +1,8 @@
 """`calibrate`: what a network's weights meet on a few examples, for data-aware factorization."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from lrconvert.api.common import resolve_device
 from lrconvert.calibration import Calibration
 from lrconvert.errors import UsageError
 from lrconvert.heads import Head, sentence_head
-from lrconvert.layers import Layer
 from lrconvert.loading import model_of
 from lrconvert.network import Network, Source, open_network
 from lrconvert.samples import Call, Samples, read_samples
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Batches that sensitivity is measured on: three passes over them for every layer.
 _MEASURED_CALLS = 2
 # What every weight of a graph is multiplied by is in memory at once, for all examples of a call.
-_OF_GRAPHS = 8
+_GRAPH_BATCH = 8
 # A single vector for all tokens of a text: one projection of it is too noisy (benchmarks/sentence_embeddings.py).
 _OF_EMBEDDINGS = 4
 
@@ -49,7 +49,8 @@ def calibrate(
 ) -> Calibration:
     """Run a dense network on examples, for `make_plan(…, calibration=…)` and `factorize(…, calibration=…)`.
 
-    What counts of the output is its first tensor, or, for a folder of sentence-transformers, the embedding of a text.
+    What counts of the output is its first tensor of real numbers, or, for a folder of sentence-transformers, the
+    embedding of a text.
 
     Args:
         source: a checkpoint's path or a live model.
@@ -74,77 +75,80 @@ def calibrate(
     network = open_network(source, model, model_args, input_shape)
     graph = network.checkpoint.graph if network.checkpoint else None
     if isinstance(data, str | Path):
-        samples = read_samples(str(data), network, seed=seed, **(_batch_of(graph) if graph else {}) | reading)
+        read = partial(read_samples, str(data), network, seed=seed)
+        samples = _in_batches(graph, read, reading) if graph else read(**reading)
     elif reading:
         raise UsageError(f"{', '.join(reading)}: calls are taken as they are")
     else:
         samples = data if isinstance(data, Samples) else _samples(tuple(data))
-    if graph is not None:
-        samples = _whole_batches(samples, graph)
-    network = replace(network, layers=split(network.layers, tuple((splits or {}).items())))
-    live, layers, head = _of_graph(graph, network) if graph else _of_model(network)
-    advance = progress("calibrating", len(samples.calls)) if progress else None
+    layers = tuple(split(network.layers, tuple((splits or {}).items())))
+    if graph is not None and layers != network.layers:
+        raise UsageError(f"{network.name} is a graph, whose weights are not split: leave --split out")
+    network = replace(network, layers=layers)
+    watched, head = (_of_graph(graph, network), None) if graph else _of_model(network)
+    calls = [_named(call, graph) for call in samples.calls] if graph else samples.calls
     found = numbers.calibrate(
-        live,
-        layers,
-        samples.calls,
+        watched,
+        network.layers,
+        calls,
         two_sided=two_sided and graph is None,
         projections=projections or (_OF_EMBEDDINGS if head else 1),
         head=head,
         device=resolve_device(device),
         seed=seed,
-        progress=advance,
+        progress=progress("calibrating", len(calls)) if progress else None,
     )
     if not found.responses:
         raise UsageError(f"calibration on {samples.notes[0]} met no weight that can be factorized")
     found = replace(found, notes=samples.notes)
     if graph is not None if measure is None else measure:
-        layers = [layer for layer in layers if layer.name in found.responses and not layer.dense_reason]
-        advance = progress("measuring sensitivity", len(layers)) if progress else None
-        calls = samples.calls[:: max(1, len(samples.calls) // _MEASURED_CALLS)][:_MEASURED_CALLS]
-        live = live if graph is None else _adjustable(graph, network)
-        found = replace(found, measured=measured_curves(live, layers, found, calls, head, advance))
+        changed = [layer for layer in layers if layer.name in found.responses and not layer.dense_reason]
+        advance = progress("measuring sensitivity", len(changed)) if progress else None
+        chosen = calls[:: max(1, len(calls) // _MEASURED_CALLS)][:_MEASURED_CALLS]
+        adjustable = _of_graph(graph, network, adjustable=True) if graph else watched
+        measured = measured_curves(adjustable, changed, found, chosen, head, advance)
+        nothing = () if measured else ("no layer's effect can be measured: outputs stay as they are, or change shape",)
+        found = replace(found, measured=measured, notes=(*found.notes, *nothing))
     return found
 
 
-def _of_model(network: Network) -> tuple[nn.Module, Sequence[Layer], Head | None]:
-    """(the model with its weights, its layers, what of its output counts)."""
+def _of_model(network: Network) -> tuple[nn.Module, Head | None]:
+    """(the model with its weights, what of its output counts)."""
     folder = network.checkpoint.path if network.checkpoint is not None else None
-    head = sentence_head(folder) if folder is not None and folder.is_dir() else None
-    return model_of(network), network.layers, head
+    return model_of(network), sentence_head(folder) if folder is not None and folder.is_dir() else None
 
 
-def _of_graph(graph: "Graph", network: Network) -> tuple[nn.Module, Sequence[Layer], None]:
-    """(a graph as a module, its layers by the names they have in that)."""
-    from lrconvert.onnx_graph.module import GraphProducts
+def _of_graph(graph: "Graph", network: Network, adjustable: bool = False) -> nn.Module:
+    """A graph as a module whose products are seen, or whose weights can be changed."""
+    from lrconvert.onnx_graph.module import AdjustableGraph, WatchedGraph
 
-    live = GraphProducts(graph, network.layers)
-    return live, live.layers, None
-
-
-def _adjustable(graph: "Graph", network: Network) -> nn.Module:
-    """The same with weights that can be changed; it runs slower."""
-    from lrconvert.onnx_graph.module import GraphModule
-
-    return GraphModule(graph, network.layers)
+    return (AdjustableGraph if adjustable else WatchedGraph)(graph, network.layers)
 
 
-def _batch_of(graph: "Graph") -> dict[str, int]:
-    """How many examples of a call `graph` takes, for `read_samples`."""
-    from lrconvert.onnx_graph.inputs import fixed_batch
-
-    return {"batch_size": fixed_batch(graph) or _OF_GRAPHS}
-
-
-def _whole_batches(samples: Samples, graph: "Graph") -> Samples:
-    """`samples` without a last call that is too small for a graph which takes no other number of examples."""
+def _in_batches(graph: "Graph", read: Callable[..., Samples], reading: Mapping[str, Any]) -> Samples:
+    """What `read` makes of its settings `reading`, in calls of as many examples as `graph` takes."""
     from lrconvert.onnx_graph.inputs import fixed_batch
 
     batch = fixed_batch(graph)
+    size = batch or reading.get("batch_size", _GRAPH_BATCH)
+    samples = read(**{**reading, "batch_size": size})
     calls = tuple(call for call in samples.calls if batch in (None, call.size))
+    if len(calls) == len(samples.calls):
+        return samples
     if not calls:
-        raise UsageError(f"{graph.path} takes {batch} examples at once: give as many, or a multiple of it")
-    return replace(samples, calls=calls)
+        raise UsageError(f"{graph.path} takes {batch} examples at once: give more than {samples.size}")
+    dropped = f"{samples.size - len(calls) * size} left out: the graph takes {batch} at once"
+    return replace(samples, calls=calls, notes=(f"{samples.notes[0]}, {dropped}", *samples.notes[1:]))
+
+
+def _named(call: Call, graph: "Graph") -> Call:
+    """`call` with its tensors by the names that `graph` has for them, as masks are known by theirs."""
+    from lrconvert.onnx_graph.inputs import inputs_of
+
+    names = [each.name for each in inputs_of(graph)]
+    if len(call.args) > len(names):
+        return call  # which says so when it runs
+    return Call((), dict(zip(names, call.args, strict=False)) | call.kwargs, call.size)
 
 
 def _samples(calls: tuple[Call, ...]) -> Samples:

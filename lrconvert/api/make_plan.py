@@ -94,7 +94,7 @@ def make_plan(
             takes up to a minute.
         batch_size, channels_last: of the calls that are timed.
         calibration: what `calibrate` learned. Layers that it knows are factorized for least error of the output; a
-            budget is then distributed by "output_error", and "auto" gives all layers together the parameters that
+            budget is then distributed by its `allocator`, and "auto" gives all layers together the parameters that
             Cuttlefish's ranks would take.
         evaluate, data_dir: for `min_accuracy`, the dataset that it is measured on, and where that lies: its validation
             images, see `lrconvert.training.data.open_dataset`.
@@ -150,12 +150,12 @@ def make_plan(
     xi = {layer.name: analysis.xi(layer) for layer in candidates.layers}
     if calibration is not None and budget is None and rule == "auto":
         # What calibration does not know cannot be weighed against the rest: it stays dense.
-        known = {layer.name for layer in candidates.layers if matches_response(layer, calibration.responses)}
+        known = _curves(calibration.allocator, calibration, candidates.layers) or {}
         together = [layer for layer in candidates.plan(analysis.spectra, xi).low_rank if layer.name in known]
         saved = sum(layer.layer.num_params - layer.num_params_after for layer in together)
         budget = Budget("param_ratio", 1 - saved / network.num_params, calibration.allocator) if together else None
         candidates = replace(candidates, options=replace(options, rule=budget or options.rule))
-    curves = None if calibration is None or budget is None else _curves(budget, calibration, candidates.layers)
+    curves = _curves(budget.allocator, calibration, candidates.layers) if calibration and budget else None
 
     def decide(prices: Prices | None = None, within: Candidates = candidates) -> Plan:
         plan = within.plan(analysis.spectra, xi, curves, prices)
@@ -167,11 +167,12 @@ def make_plan(
     return decide() if bench is None else plan_by_time(candidates, decide, goal, bench)
 
 
-def _curves(budget: Budget, calibration: Calibration, layers: Iterable[Layer]) -> Mapping[str, FloatArray] | None:
-    """What `layers` err at every rank, where the allocator of `budget` takes it from `calibration`."""
-    if budget.allocator == "sensitivity" and not calibration.measured:
-        raise UsageError("--allocator sensitivity needs measurements: calibrate(…, measure=True)")
-    curves = calibration.curves_for(budget.allocator)
+def _curves(allocator: str, calibration: Calibration, layers: Iterable[Layer]) -> Mapping[str, FloatArray] | None:
+    """What `layers` err at every rank, where `allocator` takes it from `calibration`."""
+    if allocator == "sensitivity" and not calibration.measured:
+        tried = next((f": {note}" for note in calibration.notes if "can be measured" in note), "")
+        raise UsageError(f"--allocator sensitivity needs measurements{tried or ': calibrate(…, measure=True)'}")
+    curves = calibration.curves_for(allocator)
     if curves is None:
         return None
     known = [layer.name for layer in layers if matches_response(layer, calibration.responses)]

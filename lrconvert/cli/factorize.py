@@ -94,7 +94,7 @@ def factorize(
         typer.Option(
             "--allocator",
             help="How a budget is distributed: relative_error, absolute_error, stable_rank or uniform; with "
-            "--calibrate also output_error (the default) or sensitivity.",
+            "--calibrate also output_error (the default) or sensitivity (of graphs).",
             metavar="NAME",
             rich_help_panel=options.RANKS,
         ),
@@ -298,7 +298,7 @@ def factorize(
                 splits={layer.name: layer.groups for layer in ready.low_rank}
                 if ready
                 else options.parse_numbers("--split", split),
-                measure=None if allocator is None else allocator == "sensitivity",
+                measure=_measured(allocator, bool(budget) or auto),
                 device=device,
                 progress=progress,
             )
@@ -361,3 +361,10 @@ def _rule(
     if len(rules) + len(budgets) > 1:
         raise UsageError(f"one rank rule at a time, or one budget: {' and '.join([*rules, *budgets])} were given")
     return rules[0] if rules else "auto"
+
+
+def _measured(allocator: str | None, is_distributed: bool) -> bool | None:
+    """Whether calibration has to measure what low ranks of each layer do; None for its own default."""
+    if allocator is None and is_distributed:
+        return None
+    return allocator == "sensitivity"

@@ -5,7 +5,7 @@ alone may be saturated. Where a tiny change of the inputs changes a value as muc
 is left out. Where nothing can be compared, that is said, and nothing is claimed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,12 +16,17 @@ from onnx import ModelProto, TensorProto, helper
 from lrconvert.errors import VerificationError
 from lrconvert.onnx_graph.graph import Graph
 from lrconvert.onnx_graph.inputs import Feed, choices_of, make_up, sizes_to_try
+from lrconvert.onnx_graph.tensors import DTYPES
 from lrconvert.tensors import relative_difference
 from lrconvert.timer import Latency, latencies
 
 TOLERANCE = 1e-4
 _PROBED = {"Conv", "Gemm", "MatMul", "LSTM", "GRU", "RNN"}
 _SCALES = (1.0, 0.1, 10.0)
+# What numbers of half precision may differ by, in units of their last place: values that are computed in it, and those
+# that are computed with weights that were rounded to it once.
+_UNITS_OF_VALUES, _UNITS_OF_WEIGHTS = 16, 4
+_HALF = torch.finfo(torch.float16).eps
 # Inputs are changed by this much, relatively, to see what rounding does to each value.
 _NUDGE = 1e-6
 # How many successful runs are looked at, in search of one whose outputs are not saturated.
@@ -61,20 +66,21 @@ def compare_runs(
         reference: the graph with merged weights.
         small: the graph with factors.
         input_shape: of the first input of real numbers, without the batch, where it is known.
-        tolerance: largest relative difference allowed; more for values of half precision.
+        tolerance: largest relative difference allowed; more for values or factors of half precision.
         where: the output, for messages.
 
     Raises:
         VerificationError: the reference runs, and the other one does not or computes something else.
     """
     runner = f"onnxruntime {onnxruntime.__version__}"
+    tolerance = max(tolerance, _rounding_of_merged(small))
     outputs = [output.name for output in reference.model.graph.output]
     common = _probes(small)
     probes = [name for name in _probes(reference) if name in common and name not in outputs]
     try:
         session = session_of(reference, probes)
     except Exception as error:
-        return Outcome(runner, None, f"not checked: onnxruntime cannot load this graph ({_line(error)})")
+        return Outcome(runner, None, f"not checked: onnxruntime cannot load this graph ({first_line(error)})")
     runs, reason = _runs_of(session, reference, outputs, input_shape, tolerance)
     del session
     if not any(run.steady for run in runs):
@@ -84,7 +90,9 @@ def compare_runs(
         session = session_of(small, probes)
         got = [dict(zip([*outputs, *probes], session.run(None, run.feed), strict=True)) for run in runs]
     except Exception as error:
-        raise VerificationError(f"{where}: onnxruntime cannot run the factorized graph ({_line(error)})") from error
+        raise VerificationError(
+            f"{where}: onnxruntime cannot run the factorized graph ({first_line(error)})"
+        ) from error
     worst = max(_worst(run, values, tolerance, where) for run, values in zip(runs, got, strict=True))
     return Outcome(runner, worst, _note(runner, runs, outputs, worst))
 
@@ -143,7 +151,14 @@ def _worst(run: _Run, got: dict[str, np.ndarray], tolerance: float, where: str) 
 
 def _limit(value: np.ndarray, tolerance: float) -> float:
     """The tolerance, or a few units in the last place of half precision."""
-    return max(tolerance, 16 * float(np.finfo(np.float16).eps)) if value.dtype == np.float16 else tolerance
+    return max(tolerance, _UNITS_OF_VALUES * _HALF) if value.dtype == np.float16 else tolerance
+
+
+def _rounding_of_merged(small: Graph) -> float:
+    """What merged weights may differ from the product of their factors, as they are rounded to the dtype of those."""
+    dtypes = {value.name: DTYPES[value.tensor.data_type] for value in small.scopes.values if value.tensor is not None}
+    found = [torch.finfo(dtypes[names.left]).eps for names in small.factor_names().values() if names.left in dtypes]
+    return _UNITS_OF_WEIGHTS * max((eps for eps in found if eps >= _HALF), default=0.0)
 
 
 def _note(runner: str, runs: list[_Run], outputs: list[str], worst: float) -> str:
@@ -162,22 +177,21 @@ def _probes(graph: Graph) -> list[str]:
 
 
 def session_of(
-    graph: Graph, probes: Sequence[str] = (), given: Sequence[TensorProto] = ()
+    graph: Graph, probes: Sequence[str] = (), given: Mapping[str, TensorProto] | None = None
 ) -> onnxruntime.InferenceSession:
-    """A session whose outputs are those of `graph`, then `probes`; its constants `given` are inputs."""
+    """A session whose outputs are those of `graph`, then `probes`; its constants `given`, by name, are inputs."""
     model = ModelProto()
     model.CopyFrom(graph.model)
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in probes)
-    taken = {tensor.name for tensor in given}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name not in taken]
-    nodes = [node for node in model.graph.node if node.op_type != "Constant" or node.output[0] not in taken]
-    inputs = [each for each in model.graph.input if each.name not in taken]
-    if taken:
+    if given:
+        kept = [tensor for tensor in model.graph.initializer if tensor.name not in given]
+        nodes = [node for node in model.graph.node if node.op_type != "Constant" or node.output[0] not in given]
+        inputs = [each for each in model.graph.input if each.name not in given]
         for held, rest in ((model.graph.initializer, kept), (model.graph.node, nodes), (model.graph.input, inputs)):
             del held[:]
             held.extend(rest)
         model.graph.input.extend(
-            helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in given
+            helper.make_tensor_value_info(name, tensor.data_type, tensor.dims) for name, tensor in given.items()
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # failures come as exceptions, and are expected here
@@ -203,7 +217,7 @@ def _runs_of(
                 try:
                     run = _run(session, names, make_up(graph, sizes, numbers, scale, input_shape), tolerance)
                 except Exception as error:
-                    reason = _line(error)
+                    reason = first_line(error)
                     break
                 number += 1
                 if best is None or _rank(run, outputs) > _rank(best, outputs):
@@ -248,6 +262,6 @@ def _is_real(value: object) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what went wrong."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -21,7 +21,7 @@ from lrconvert.onnx_graph.weights import Weight, keyed, matrices, product_of, we
 from lrconvert.plan import LayerPlan, Plan
 from lrconvert.plan_check import responses_of
 from lrconvert.response import Response
-from lrconvert.rewrite import CPU, Rewrite
+from lrconvert.rewrite import CPU, Rewrite, moving
 from lrconvert.spectrum import factors_of
 from lrconvert.tensors import TensorRef
 
@@ -113,6 +113,8 @@ class Graph:
                 raise PlanError(f"the plan factorizes {decision.name}, but the graph has no such weight")
             if layer.dense_reason:
                 raise PlanError(f"{layer.name} cannot be factorized: {layer.dense_reason}")
+            if (layer.kind, layer.shape) == (decision.kind, decision.shape) and layer.groups != decision.groups:
+                raise PlanError(f"{layer.name}: the weights of a graph are not split in parts; leave --split out")
             found, wanted = ((each.kind, each.shape, each.groups) for each in (layer, decision))
             if found != wanted:
                 raise PlanError(f"{layer.name}: the plan says {wanted}, the graph {found} (kind, shape, groups)")
@@ -158,11 +160,14 @@ class Graph:
         edit.apply()
         set_note(fresh.model, FACTORS_KEY, json.dumps({key: astuple(each) for key, each in names.items()}))
         constants = constants_of(fresh.model)
-        targets = {name: constants[name] for pair in names.values() for name in (pair.left, pair.right)}
+        targets = {name: constants[name] for step in steps for name in step.outputs}
         return Draft(fresh.model, targets, steps, self.path.parent)
 
     def with_products(self, plan: Plan, small: "Graph") -> Draft:
-        """This graph, with the products of the factors in `small` as its weights: what `small` should compute."""
+        """This graph, with the products of the factors in `small` as its weights: what `small` should compute.
+
+        Biases that make up for the errors of their weights are those of `small` too.
+        """
         fresh = Graph(self.path)
         weights, names = fresh.check(plan), small.factor_names()
         steps, targets = [], {}
@@ -171,6 +176,10 @@ class Graph:
             assert weight.value.tensor is not None
             targets[layer.weight] = weight.value.graph, weight.value.tensor
             steps.append(small._multiplying(layer, pair, layer.weight, weight.stored_shape))
+            if layer.data_aware and weight.bias is not None and weight.bias.tensor is not None:
+                name = weight.bias.name
+                targets[name] = weight.bias.graph, weight.bias.tensor
+                steps.append(moving(name, small._ref(constants_of(small.model)[name][1]), name))
         return Draft(fresh.model, targets, steps, self.path.parent)
 
     def merged(self, plan: Plan) -> Draft:
@@ -237,19 +246,29 @@ class Graph:
         self, weight: Weight, layer: LayerPlan, names: FactorNames, device: torch.device, response: Response | None
     ) -> Rewrite:
         assert layer.rank is not None
-        rank, ref = layer.rank, self._out_first(next(each for each in self.weights if each.layer == weight.layer))
+        mine = next(each for each in self.weights if each.layer == weight.layer)
+        rank, ref = layer.rank, self._out_first(mine)
+        tensor = mine.bias.tensor if mine.bias is not None and response is not None else None
+        bias = None if tensor is None or mine.bias is None else (mine.bias.name, self._ref(tensor))
 
         def make() -> dict[str, Tensor]:
             dense = matrices(ref.read().to(device), layer.groups)
             if response is None:
                 u, v = factors_of(dense, rank, layer.name, layer.error)
             else:
-                u, v, _ = response.factors(dense, rank)
+                u, v, shift = response.factors(dense, rank)
             left, right = weight.stored_factors(u.cpu(), v.cpu(), rank)
-            return {names.left: left, names.right: right}
+            made = {names.left: left, names.right: right}
+            if bias is not None:
+                name, old = bias
+                made[name] = (old.read().double() + shift.reshape(old.shape)).to(old.dtype)
+            return made
 
         shapes = dict(zip((names.left, names.right), weight.factor_shapes(rank), strict=True))
-        return Rewrite(layer.weight, {key: (shape, ref.dtype) for key, shape in shapes.items()}, ref.numel, make)
+        outputs = {key: (shape, ref.dtype) for key, shape in shapes.items()}
+        if bias is not None:
+            outputs[bias[0]] = bias[1].shape, bias[1].dtype
+        return Rewrite(layer.weight, outputs, ref.numel, make)
 
     def _multiplying(self, layer: LayerPlan, names: FactorNames, key: str, shape: tuple[int, ...]) -> Rewrite:
         constants = {value.name: value.tensor for value in self.scopes.values}

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto, TensorShapeProto, ValueInfoProto
+import torch
+from onnx import NodeProto, TensorProto, TensorShapeProto, ValueInfoProto, helper
 from torch import Tensor
 
 from lrconvert.errors import ModelError, UsageError
 from lrconvert.onnx_graph.graph import Graph
 from lrconvert.onnx_graph.scopes import Value
+from lrconvert.onnx_graph.tensors import DTYPES
 from lrconvert.onnx_graph.weights import produced_by
 
 Feed = dict[str, np.ndarray]
@@ -25,6 +27,8 @@ _BATCHES = (2, 1)
 _RESHAPING = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "Gather", "Slice"}
 _COMPARING = {"Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual"}
 _INTEGERS: dict[int, Any] = {TensorProto.INT32: np.int32, TensorProto.INT64: np.int64}
+# What examples may be given as: every type that torch and numpy share.
+_NUMBERS = {kind for kind, dtype in DTYPES.items() if dtype != torch.bfloat16}
 _FLOATS: dict[int, Any] = {
     TensorProto.FLOAT: np.float32,
     TensorProto.DOUBLE: np.float64,
@@ -185,20 +189,33 @@ def array_of(given: ValueInfoProto, tensor: Tensor) -> np.ndarray:
     """`tensor` as the input `given` takes it.
 
     Raises:
-        UsageError: the input has another shape, or is of other numbers.
+        UsageError: the input has another shape, is of other numbers, or cannot hold these.
     """
     kind, dims = given.type.tensor_type.elem_type, _dims(given)
     fits = len(dims) == tensor.dim() or not given.type.tensor_type.HasField("shape")
     fits = fits and all(dim.dim_value in (0, -1, size) for dim, size in zip(dims, tensor.shape, strict=False))
-    wanted = _FLOATS.get(kind) or _INTEGERS.get(kind) or (np.bool_ if kind == TensorProto.BOOL else None)
-    if wanted is None or not fits or (tensor.is_floating_point() and kind not in _FLOATS):
+    wanted = helper.tensor_dtype_to_np_dtype(kind) if kind in _NUMBERS else None
+    if wanted is None or not fits or (tensor.is_floating_point() and wanted.kind != "f"):
         sizes = ", ".join(dim.dim_param or str(max(dim.dim_value, 0) or "?") for dim in dims)
         name = TensorProto.DataType.Name(kind).lower()
         raise UsageError(
             f"the graph's input '{given.name}' takes {name} ({sizes}), but the examples hold "
             f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
         )
-    return tensor.cpu().numpy().astype(wanted)
+    if wanted.kind == "f" and tensor.dtype == torch.uint8:
+        raise UsageError(
+            f"the graph's input '{given.name}' takes floating-point numbers, but the examples hold uint8: scale and "
+            "normalize them as it was trained on them"
+        )
+    asked = tensor.cpu().numpy()
+    with np.errstate(over="ignore"):
+        array: np.ndarray = asked.astype(wanted)
+    if wanted.kind == "f" and (np.isfinite(array) != np.isfinite(asked)).any():
+        raise UsageError(
+            f"the graph's input '{given.name}' takes {wanted.name}, but the examples hold numbers that are too large "
+            "for it: scale them as those that it was trained on"
+        )
+    return array
 
 
 def _dims(given: ValueInfoProto) -> list[TensorShapeProto.Dimension]:

@@ -1,132 +1,187 @@
-"""A graph as a module that onnxruntime runs. There are no gradients in it."""
+"""A graph as a module that onnxruntime runs, for calibration. There are no gradients in it."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnxruntime
 import torch
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lrconvert.errors import UsageError
 from lrconvert.layers import Layer
-from lrconvert.onnx_graph.check import session_of
+from lrconvert.onnx_graph.check import first_line, session_of
 from lrconvert.onnx_graph.graph import Graph
 from lrconvert.onnx_graph.inputs import array_of, inputs_of
+from lrconvert.onnx_graph.scopes import Value
+from lrconvert.onnx_graph.tensors import read_tensor
 from lrconvert.onnx_graph.weights import Path, Weight, attribute
 
 _CONVOLUTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
+# What numpy has, and with it onnxruntime's inputs.
+_FEEDABLE = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
 
 
-class GraphModule(nn.Module):
-    """Runs a graph with the module's parameters as its weights.
+class _GraphModule(nn.Module):
+    """Holds weights of a graph, and the biases that may make up for their errors, as parameters.
 
     These are the weights that Conv, Gemm and MatMul nodes of the main graph multiply by, in the shapes of their layers.
     Others, of bodies and of recurrent operators, stay as they are in the graph.
 
     Args:
         graph: with its weights.
-        layers: of them.
-
-    Attributes:
-        layers: those whose weights are parameters here, and named so.
+        weights: those to hold.
     """
 
-    def __init__(self, graph: Graph, layers: Sequence[Layer]) -> None:
-        super().__init__()
-        self.graph = graph
-        tensors, weights = graph.tensors(), {weight.layer.name: weight for weight in graph.weights}
-        self.weights: dict[str, Weight] = {}
-        found: list[Layer] = []
-        for layer in layers:
-            if not layer.dense_reason and _products(graph, weights[layer.name]):
-                parameter = f"weight{len(found)}"
-                data = tensors[layer.weight].read().float()
-                self.register_parameter(parameter, nn.Parameter(data, requires_grad=False))
-                self.weights[parameter] = weights[layer.name]
-                found.append(replace(layer, weight=parameter))
-        self.layers = tuple(found)
-        self.session = self._session()
+    session: onnxruntime.InferenceSession
 
-    def _session(self) -> onnxruntime.InferenceSession:
-        return session_of(self.graph, given=[weight.tensor for weight in self.weights.values()])
+    def __init__(self, graph: Graph, weights: Sequence[Weight]) -> None:
+        super().__init__()
+        self.graph, self.weights = graph, tuple(weights)
+        tensors, where = graph.tensors(), str(graph.path)
+        found = {weight.layer.weight: tensors[weight.layer.weight].read() for weight in weights}
+        for weight in weights:
+            if weight.bias is not None and weight.bias.tensor is not None:
+                found[weight.layer.bias_key] = read_tensor(weight.bias.tensor, graph.path.parent, where).flatten()
+        kinds = {each.type.tensor_type.elem_type for each in inputs_of(graph)}
+        is_double = TensorProto.DOUBLE in kinds or any(each.dtype == torch.float64 for each in found.values())
+        dtype = torch.float64 if is_double else torch.float32
+        self.held = {key: nn.Parameter(tensor.to(dtype), requires_grad=False) for key, tensor in found.items()}
+        for number, parameter in enumerate(self.held.values()):
+            self.register_parameter(f"p{number}", parameter)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters by the keys that layers have for them, which are no names of attributes."""
+        yield from self.held.items()
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
-        """The graph's outputs.
+        """The graph's outputs of real numbers.
 
         Raises:
             UsageError: the graph takes other inputs, or onnxruntime cannot run it with these.
         """
-        return self._outputs(self._run(self._feed(args, kwargs) | self._stored()))
+        raise NotImplementedError
 
-    def _stored(self) -> dict[str, np.ndarray]:
-        """The parameters as the graph has them."""
-        inputs = {each.name: each for each in self.session.get_inputs()}
-        kinds = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
-        return {
-            weight.tensor.name: weight.as_stored(self.get_parameter(name).detach().cpu())
-            .numpy()
-            .astype(kinds.get(inputs[weight.tensor.name].type, np.float32))
-            for name, weight in self.weights.items()
-        }
-
-    def _feed(self, args: Sequence[Tensor], kwargs: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    def feed(self, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """The arrays that the graph takes, by name."""
         wanted = {each.name: each for each in inputs_of(self.graph)}
-        tensors = dict(zip(wanted, args, strict=False)) | kwargs
+        tensors = dict(zip(wanted, args, strict=False)) | dict(kwargs)
         if len(args) > len(wanted) or tensors.keys() != wanted.keys():
             given = ", ".join((*("a tensor" for _ in args), *kwargs))
             raise UsageError(f"{self.graph.path} takes {', '.join(wanted)}, but the examples give {given}")
         return {name: array_of(wanted[name], tensor) for name, tensor in tensors.items()}
 
-    def _run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def load(self, probes: Sequence[str] = (), given: Mapping[str, TensorProto] | None = None) -> None:
+        """Make the session; see `session_of`."""
+        try:
+            self.session = session_of(self.graph, probes, given or {})
+        except Exception as error:
+            raise UsageError(
+                f"onnxruntime cannot load {self.graph.path} ({first_line(error)}): leave the examples out"
+            ) from error
+
+    def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the session returns, by name."""
         try:
             returned = self.session.run(None, feed)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"{self.graph.path} cannot be run with these examples: {reason}") from error
+            raise UsageError(f"{self.graph.path} cannot be run with these examples: {first_line(error)}") from error
         return dict(zip([output.name for output in self.session.get_outputs()], returned, strict=True))
 
-    def _outputs(self, values: dict[str, np.ndarray]) -> tuple[Tensor, ...]:
+    def outputs(self, values: Mapping[str, object]) -> tuple[Tensor, ...]:
+        """The graph's own outputs of real numbers among `values`."""
         arrays = [values[output.name] for output in self.graph.model.graph.output]
-        return tuple(torch.from_numpy(array) for array in arrays if isinstance(array, np.ndarray))
+        return tuple(
+            torch.from_numpy(each) for each in arrays if isinstance(each, np.ndarray) and each.dtype.kind == "f"
+        )
 
 
-class GraphProducts(GraphModule):
-    """Runs a graph, then every product with its weights once more in torch, where calibration sees them."""
+class AdjustableGraph(_GraphModule):
+    """Runs a graph with the module's parameters as its weights; it is slower, as nothing of them can be prepared.
 
-    def _session(self) -> onnxruntime.InferenceSession:
-        given = {each.name for each in inputs_of(self.graph)}
-        self.products = [
-            (name, path) for name, weight in self.weights.items() for path in _products(self.graph, weight)
-        ]
-        read = dict.fromkeys(_other(path) for _, path in self.products)
-        return session_of(self.graph, [name for name in read if name not in given])
+    Args:
+        graph: with its weights.
+        layers: of them; those that numpy has no numbers for stay as they are.
+    """
+
+    def __init__(self, graph: Graph, layers: Sequence[Layer]) -> None:
+        super().__init__(
+            graph, [weight for weight in _multiplied(graph, layers) if weight.tensor.data_type in _FEEDABLE]
+        )
+        self.constants: list[tuple[str, Value, Weight | None]] = []
+        for weight in self.weights:
+            self.constants.append((weight.layer.weight, weight.value, weight))
+            if weight.bias is not None:
+                self.constants.append((weight.layer.bias_key, weight.bias, None))
+        self.load(given={value.name: value.tensor for _, value, _ in self.constants if value.tensor is not None})
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
-        """The graph's outputs; see `GraphModule.forward`."""
-        feed = self._feed(args, kwargs)
-        values = feed | self._run(feed)
-        for name, path in self.products:
-            weight, node = self.get_parameter(name), path.use.node
-            x = torch.from_numpy(values[_other(path)]).to(weight)
-            if node is not None and weight.dim() == 2:
-                is_turned = path.use.slot == 0 or bool(attribute(node, "transA", 0))
-                functional.linear(x.mT if is_turned else x, weight)
-            elif node is not None:
-                _convolve(x, weight, node)
-        return self._outputs(values)
+        """The graph's outputs; see `_GraphModule.forward`."""
+        return self.outputs(self.run(self.feed(args, kwargs) | self._stored()))
+
+    def _stored(self) -> dict[str, np.ndarray]:
+        """The parameters as the graph has them."""
+        stored = {}
+        for key, value, weight in self.constants:
+            assert value.tensor is not None
+            tensor = self.held[key].detach().cpu()
+            tensor = tensor.reshape(tuple(value.tensor.dims)) if weight is None else weight.as_stored(tensor)
+            stored[value.name] = tensor.numpy().astype(helper.tensor_dtype_to_np_dtype(value.tensor.data_type))
+        return stored
 
 
-def _products(graph: Graph, weight: Weight) -> list[Path]:
-    """The products with `weight` in the main graph; those that want its transpose see another side of it."""
-    paths = [path for path in weight.paths if path.use.graph is graph.model.graph]
-    if weight.layer.kind == "linear":
-        return [path for path in paths if path.wants_in_first == weight.in_first]
-    return paths if weight.layer.kind in ("conv1d", "conv2d", "conv3d") else []
+class WatchedGraph(_GraphModule):
+    """Runs a graph, then every product with its weights once more in torch, where calibration sees them.
+
+    Args:
+        graph: with its weights.
+        layers: of them.
+    """
+
+    def __init__(self, graph: Graph, layers: Sequence[Layer]) -> None:
+        super().__init__(graph, _multiplied(graph, layers))
+        self.products = [(weight, path) for weight in self.weights for path in weight.paths]
+        known = {each.name for each in (*inputs_of(graph), *graph.model.graph.output)}
+        self.load(list(dict.fromkeys(name for _, path in self.products if (name := _other(path)) not in known)))
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
+        """The graph's outputs; see `_GraphModule.forward`."""
+        feed = self.feed(args, kwargs)
+        values = feed | self.run(feed)
+        for weight, path in self.products:
+            parameter, bias = self.held[weight.layer.weight], self.held.get(weight.layer.bias_key)
+            node = path.use.node
+            assert node is not None
+            x = torch.from_numpy(values[_other(path)]).to(parameter)
+            if parameter.dim() == 2:
+                is_turned = x.dim() > 1 and (path.use.slot == 0 or bool(attribute(node, "transA", 0)))
+                functional.linear(x.mT if is_turned else x, parameter, bias)
+            else:
+                _convolve(x, parameter, bias, node)
+        return self.outputs(values)
+
+
+def _multiplied(graph: Graph, layers: Sequence[Layer]) -> list[Weight]:
+    """The weights of `layers` whose every use is a product in the main graph, all of one side of the matrix.
+
+    What a body's product or one with the transpose meets is not known: it would be left out of the error.
+    """
+
+    def is_known(weight: Weight) -> bool:
+        if weight.layer.kind not in ("linear", "conv1d", "conv2d", "conv3d"):
+            return False
+        return all(
+            path.use.graph is graph.model.graph
+            and (weight.layer.kind != "linear" or path.wants_in_first == weight.in_first)
+            for path in weight.paths
+        )
+
+    weights = {weight.layer.name: weight for weight in graph.weights}
+    found = (weights[layer.name] for layer in layers if not layer.dense_reason)
+    return [weight for weight in found if is_known(weight)]
 
 
 def _other(path: Path) -> str:
@@ -135,8 +190,8 @@ def _other(path: Path) -> str:
     return str(path.use.node.input[1 - path.use.slot])
 
 
-def _convolve(x: Tensor, weight: Tensor, node: NodeProto) -> Tensor:
-    """What a Conv node makes of x, without its bias.
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, node: NodeProto) -> Tensor:
+    """What a Conv node makes of x.
 
     https://onnx.ai/onnx/operators/onnx__Conv.html
     """
@@ -153,4 +208,4 @@ def _convolve(x: Tensor, weight: Tensor, node: NodeProto) -> Tensor:
             pads[axis], pads[dims + axis] = (less, more) if auto == "SAME_UPPER" else (more, less)
     x = functional.pad(x, [size for axis in reversed(range(dims)) for size in (pads[axis], pads[dims + axis])])
     group = int(given.get("group", 1))
-    return _CONVOLUTIONS[weight.dim()](x, weight, None, list(strides), 0, list(apart), group)
+    return _CONVOLUTIONS[weight.dim()](x, weight, bias, list(strides), 0, list(apart), group)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -62,12 +63,15 @@ class Weight:
         value: the constant in the graph, stored in whichever way the operators want it.
         paths: the operators that use it.
         in_first: whether a matrix is stored (in, out).
+        bias: the constant that is added to what its only product computes, and used nowhere else; one number for each
+            output. None where there is no such constant.
     """
 
     layer: Layer
     value: Value
     paths: tuple[Path, ...]
     in_first: bool
+    bias: Value | None = None
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -121,6 +125,7 @@ def weights_of(scopes: Scopes) -> tuple[Weight, ...]:
         (id(use.node), use.slot): value for value in scopes.values for use in value.uses if use.node is not None
     }
     produced = produced_by(scopes)
+    names_of_values = Counter(value.name for value in scopes.values)
     found: list[Weight] = []
     names: dict[str, int] = {}
     keys: dict[str, int] = {}
@@ -141,7 +146,9 @@ def weights_of(scopes: Scopes) -> tuple[Weight, ...]:
             shape = shape[::-1]
         elif kind in RECURRENT.values() and not reason:
             shape = (math.prod(shape[:-1]), shape[-1])
-        found.append(Weight(Layer(name, key, kind, shape, groups, reason), value, paths, in_first))
+        bias = None if reason else _bias_of(paths, shape[0], operands, produced)
+        bias = bias if bias is None or names_of_values[bias.name] == 1 else None
+        found.append(Weight(Layer(name, key, kind, shape, groups, reason), value, paths, in_first, bias))
     return tuple(sorted(found, key=lambda weight: weight.paths[0].use.turn if weight.paths else math.inf))
 
 
@@ -249,6 +256,31 @@ def _together(roles: list[_Role], paths: tuple[Path, ...]) -> tuple[str, int, bo
     main = next((role for role in roles if not role.reason), first)
     others = sorted({path.use.op for path, role in zip(paths, roles, strict=True) if role != main})
     return main.kind, 1, False, f"shared with {' and '.join(others)}, which cannot use factors"
+
+
+def _bias_of(
+    paths: tuple[Path, ...],
+    outputs: int,
+    operands: dict[tuple[int, int], Value],
+    produced: dict[int, list[Value]],
+) -> Value | None:
+    """See `Weight.bias`; for a weight that is used as `paths`, with so many outputs."""
+    node = paths[0].use.node if len(paths) == 1 else None
+    if node is None:
+        return None
+    found = operands.get((id(node), 2)) if node.op_type in ("Conv", "Gemm") else None
+    if node.op_type == "Gemm" and any(each.name in ("alpha", "beta") and each.f != 1 for each in node.attribute):
+        return None
+    if node.op_type == "MatMul" and paths[0].use.slot == 1:
+        uses = produced[id(node)][0].uses
+        if len(uses) == 1 and uses[0].op == "Add":
+            found = operands.get((id(uses[0].node), 1 - uses[0].slot))
+    if found is None or found.tensor is None or len(found.uses) != 1 or found.graph is not paths[0].use.graph:
+        return None
+    dims, dtype = tuple(found.tensor.dims), DTYPES.get(found.tensor.data_type)
+    if dtype is None or not dtype.is_floating_point or dims[-1:] != (outputs,) or math.prod(dims) != outputs:
+        return None
+    return found
 
 
 def _is_matrix(value: Value, paths: tuple[Path, ...]) -> bool:

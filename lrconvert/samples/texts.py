@@ -150,7 +150,7 @@ def _folder(network: Network, path: Path) -> Path | None:
     place = network.checkpoint.path
     folders = [place if place.is_dir() else place.parent]
     if graph is not None:  # exporters put graphs into a folder of their own
-        folders.append(place.resolve().parent.parent)
+        folders.append(place.absolute().parent.parent)
     return next((each for each in folders if any(any(each.glob(pattern)) for pattern in _FILES)), None)
 
 

@@ -1,19 +1,18 @@
 """Graphs factorized for least error of what they compute on examples."""
 
 import copy
-import shutil
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from graphs import FLOAT, graph, random, run
+from graphs import graph, random, run
 from helpers import assert_close
 from onnx import TensorProto, helper
 from torch import nn
 
 import lrconvert
-from lrconvert.errors import LrconvertError, UsageError
+from lrconvert.errors import UsageError
 from lrconvert.inputs import Call
 from lrconvert.network import open_network
 
@@ -73,6 +72,27 @@ def test_the_predicted_error_is_that_of_the_outputs(name, tmp_path):
     assert found == pytest.approx(aware.layers[0].error, rel=1e-3)
     assert found < relative_error(path, tmp_path / "c.onnx", x)
     assert aware.num_params_after == plain.num_params_after
+
+
+def test_a_vector_on_the_right(tmp_path):
+    path = graph(tmp_path / "a.onnx", [node("MatMul", "w", "x")], {"x": [IN]}, {"w": random(OUT, IN)})
+    x = mixed(60, IN)
+    calibration = lrconvert.calibrate(path, [Call((each,), {}, 1) for each in x])
+    record = lrconvert.factorize(path, "rank=9", calibration=calibration, output=tmp_path / "b.onnx", **WHOLE)
+    want, got = (torch.stack([run(file, x=each.numpy())[0] for each in x]) for file in (path, tmp_path / "b.onnx"))
+    assert float((got - want).norm() / want.norm()) == pytest.approx(record.layers[0].error, rel=1e-3)
+
+
+def test_weights_that_are_used_in_two_ways_go_by_themselves(tmp_path):
+    """As x·W and as z·Wᵀ: what the one meets says nothing of the other."""
+    nodes = [node("MatMul", "x", "w"), helper.make_node("Transpose", ["w"], ["t"])]
+    nodes += [helper.make_node("MatMul", ["y", "t"], ["z"]), helper.make_node("MatMul", ["z", "v"], ["o"])]
+    constants = {"w": random(IN, OUT), "v": random(IN, OUT)}
+    path = graph(tmp_path / "a.onnx", nodes, {"x": [None, IN]}, constants, ("y", "o"))
+    calibration = lrconvert.calibrate(path, [Call((mixed(60, IN),), {}, 60)])
+    assert calibration.responses.keys() == {"v"}
+    record = lrconvert.factorize(path, "rank=9", calibration=calibration, output=tmp_path / "b.onnx", **WHOLE)
+    assert [(row.name, row.data_aware) for row in record.layers] == [("w", False), ("v", True)]
 
 
 class Net(nn.Module):
@@ -190,105 +210,6 @@ def test_half_precision_and_data_in_another_file(tmp_path):
     )
     found = relative_error(path, tmp_path / "b.onnx", calls[0].args[0].half())
     assert found == pytest.approx(record.layers[0].error, rel=0.02)
-
-
-def test_a_weight_that_is_a_constant_node(tmp_path):
-    weight = helper.make_node("Constant", [], ["w"], value=onnx.numpy_helper.from_array(random(IN, OUT)))
-    path = graph(tmp_path / "a.onnx", [weight, node("MatMul", "x", "w")], {"x": [None, IN]}, {})
-    calibration = lrconvert.calibrate(path, [Call((mixed(60, IN),), {}, 60)])
-    assert calibration.measured.keys() == {"w"}
-
-
-def test_a_batch_that_the_graph_fixes(tmp_path):
-    path = graph(tmp_path / "a.onnx", [node("MatMul", "x", "w")], {"x": [4, IN]}, {"w": random(IN, OUT)})
-    np.savez(tmp_path / "x.npz", mixed(30, IN).numpy())
-    assert lrconvert.calibrate(path, tmp_path / "x.npz").examples == 28
-    with pytest.raises(UsageError, match="takes 4 examples at once"):
-        lrconvert.calibrate(path, tmp_path / "x.npz", count=3)
-
-
-def test_texts_and_the_tokenizer_beside_the_graph(real_checkpoints, tmp_path):
-    pytest.importorskip("transformers")
-    source, folder = real_checkpoints["minilm"], tmp_path / "minilm"
-    folder.mkdir()
-    for file in source.iterdir():
-        if file.suffix in (".json", ".txt"):
-            shutil.copy(file, folder)
-    (folder / "onnx").mkdir()
-    path = folder / "onnx" / "model.onnx"
-    lrconvert.export(source, path, "onnx")
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "while",
-        "seven",
-        "wizards",
-        "boil",
-        "their",
-        "jug",
-        "of",
-        "liquid",
-        "oxygen",
-    ]
-    lines = [" ".join([*words[i % len(words) :], f"{i} times"][: 3 + i]) for i in range(17)]
-    (tmp_path / "texts.txt").write_text("\n".join(lines))
-    calibration = lrconvert.calibrate(path, tmp_path / "texts.txt", measure=False)
-    assert calibration.examples == 17
-    # What the mask hides counts no more in a graph than in its model.
-    theirs = lrconvert.calibrate(source, tmp_path / "texts.txt", two_sided=False)
-    name = "encoder.layer.3.attention.self.query"
-    mine, its = (each.responses[name] for each in (calibration, theirs))
-    assert_close(mine.mean, its.mean, 1e-4)
-    # The model has a bias that makes up for the mean.
-    assert_close(mine.signal - mine.mean[:, :, None] * mine.mean[:, None, :], its.signal, 1e-4)
-    record = lrconvert.factorize(
-        path, "rank_ratio=0.5", calibration=calibration, output=tmp_path / "b.onnx", include=["*encoder.layer*"]
-    )
-    assert record.difference <= 1e-4
-    (folder / "tokenizer.json").unlink()
-    for file in folder.glob("vocab*"):
-        file.unlink()
-    with pytest.raises(LrconvertError, match=r"model\.onnx has no tokenizer beside it"):
-        lrconvert.calibrate(path, tmp_path / "texts.txt")
-    other = graph(tmp_path / "o.onnx", [node("MatMul", "x", "w")], {"x": [None, IN]}, {"w": random(IN, OUT)})
-    with pytest.raises(UsageError, match="takes x, not input_ids"):
-        lrconvert.calibrate(other, tmp_path / "texts.txt")
-
-
-def test_what_the_graph_does_not_take(tmp_path, cli):
-    given = {"x": [None, 3, IN], "n": helper.make_tensor_value_info("n", TensorProto.INT64, [None, 1])}
-    nodes = [
-        helper.make_node("Cast", ["n"], ["f"], to=FLOAT),
-        helper.make_node("MatMul", ["x", "w"], ["h"]),
-        node("Add", "f", "h"),
-    ]
-    path = graph(tmp_path / "a.onnx", nodes, given, {"w": random(IN, OUT)})
-
-    def refused(match, **arrays):
-        tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
-        with pytest.raises(UsageError, match=match):
-            lrconvert.calibrate(path, [Call((), tensors, 2)])
-
-    x, n = np.ones((2, 3, IN), np.float32), np.ones((2, 1), np.int64)
-    refused(r"takes x, n, but the examples give x$", x=x)
-    refused(r"takes x, n, but the examples give x, n, z$", x=x, n=n, z=n)
-    refused(
-        r"input 'x' takes float \(\?, 3, 48\), but the examples hold float32 \(2, 4, 48\)", x=x.repeat(2, 1)[:, :4], n=n
-    )
-    refused(r"input 'n' takes int64 \(\?, 1\), but the examples hold float32", x=x, n=n.astype(np.float32))
-    refused("cannot be run with these examples: .*Add", x=x, n=n)
-    np.save(tmp_path / "x.npy", x)
-    arguments = ("-o", tmp_path / "b.onnx", "--rank", "3", "--calibrate", tmp_path / "x.npy")
-    assert "fitted in turn" in cli.fails(2, "factorize", path, *arguments, "--sequential")
-    assert "takes x, n" in cli.fails(2, "factorize", path, *arguments)
-    assert not (tmp_path / "b.onnx").exists()
 
 
 def test_on_the_command_line(net, tmp_path, cli):
