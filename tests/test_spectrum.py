@@ -181,6 +181,21 @@ def test_eigenvalue_failure_falls_back_to_an_svd(monkeypatch):
         factors_of(matrix, 30, "layer")
 
 
+@pytest.mark.parametrize("shape", [(200, 300), (300, 301), (256, 256), (1000, 200)])
+@pytest.mark.parametrize("kind", ["random", "flat, and one that is small", "falling"])
+def test_every_singular_value_is_exact_to_four_digits_of_the_largest(shape, kind):
+    """Whichever product they are from."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    if kind != "random":
+        full = min(shape)
+        sigma = torch.linspace(1, 0.5, full) if kind.startswith("flat") else 1 / torch.arange(1, full + 1) ** 2
+        sigma[-1] = sigma[-1] if kind == "falling" else 1e-5
+        matrix = with_spectrum(*shape, sigma, torch.float32)
+    want = torch.linalg.svdvals(matrix.double())
+    assert float((spectrum_of(matrix[None], "layer").values[0] - want).abs().max()) < 1e-4 * float(want[0])
+
+
 def test_small_singular_values_are_no_noise():
     sigma = 0.9 ** torch.arange(160, dtype=torch.float64)  # down to 5e-8 of the largest
     found = spectrum_of(with_spectrum(160, 300, sigma, torch.float64)[None], "layer")
