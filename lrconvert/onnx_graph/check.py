@@ -21,7 +21,7 @@ from lrconvert.tensors import relative_difference
 from lrconvert.timer import Latency, latencies
 
 TOLERANCE = 1e-4
-_PROBED = {"Conv", "Gemm", "MatMul", "LSTM", "GRU", "RNN"}
+_PROBED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN"}
 _SCALES = (1.0, 0.1, 10.0)
 # What numbers of half precision may differ by, in units of their last place: values that are computed in it, and those
 # that are computed with weights that were rounded to it once.

@@ -29,7 +29,7 @@ def put_dense(edit: Edit, layer: LayerPlan, names: FactorNames) -> tuple[str, tu
     else:
         name = edit.unique(layer.weight)
         a, b = tuple(left.tensor.dims), tuple(right.tensor.dims)
-        shape = (a[0], *b[1:])
+        shape = layer.shape if layer.kind.startswith("conv") else (a[0], *b[1:])
         _one_operator(edit, layer, name, left, right)
     edit.add(left.graph, announce(name, shape, DTYPES[left.tensor.data_type]))
     for value in (left, right):

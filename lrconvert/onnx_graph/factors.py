@@ -1,6 +1,7 @@
 """Rewriting a graph by a plan: one multiplication becomes two, and a recurrent layer's weight is multiplied out.
 
     Conv                 Conv(u: kernel, strides, pads, dilations, group), then Conv(v: kernel 1, group, bias)
+    ConvTranspose        Conv(u: kernel 1, group), then ConvTranspose(v: all the rest)
     Gemm, MatMul         two of the same; Gemm's alpha, beta and bias stay with the second
     LSTM, GRU, RNN       the node stays, and its weight is computed from the factors of its gates. onnxruntime does that
                          once, when it loads the graph: the file is smaller, the speed is the same
@@ -37,7 +38,7 @@ def factor_names(weight: Weight, edit: Edit) -> FactorNames:
     base = weight.value.name
     end = ".weight" if base.endswith(".weight") else ""
     u, v = (edit.unique(f"{base.removesuffix('.weight')}.{factor}{end}") for factor in ("u", "v"))
-    return FactorNames(u, v, True) if weight.in_first else FactorNames(v, u)
+    return FactorNames(u, v, weight.in_first) if weight.in_first or weight.is_transposed_conv else FactorNames(v, u)
 
 
 def put_factors(edit: Edit, weight: Weight, rank: int, names: FactorNames) -> None:
@@ -54,8 +55,7 @@ def put_factors(edit: Edit, weight: Weight, rank: int, names: FactorNames) -> No
         assert path.use.node is not None
         for node in path.through:
             edit.replace(node)
-        rewrite = _two_convs if path.use.op == "Conv" else _two_products
-        edit.replace(path.use.node, *rewrite(edit, path, names, weight))
+        edit.replace(path.use.node, *_REWRITES[path.use.op](edit, path, names, weight))
 
 
 def _multiply_out(edit: Edit, weight: Weight, names: FactorNames) -> None:
@@ -88,6 +88,21 @@ def _two_convs(edit: Edit, path: Path, names: FactorNames, weight: Weight) -> li
     return [*nodes, first, second]
 
 
+def _two_with_transposed(edit: Edit, path: Path, names: FactorNames, weight: Weight) -> list[NodeProto]:
+    dense = path.use.node
+    assert dense is not None
+    nodes: list[NodeProto] = []
+    u, v = (_as_seen(edit, name, path, False, nodes) for name in (names.left, names.right))
+    first, second = _pair(edit, dense)
+    first.op_type = "Conv"
+    first.input.extend([dense.input[0], u])
+    first.attribute.append(helper.make_attribute("kernel_shape", [1] * len(weight.layer.shape[2:])))
+    first.attribute.append(helper.make_attribute("group", weight.layer.groups))
+    second.input.extend([first.output[0], v, *dense.input[2:]])
+    second.attribute.extend(dense.attribute)
+    return [*nodes, first, second]
+
+
 def _two_products(edit: Edit, path: Path, names: FactorNames, weight: Weight) -> list[NodeProto]:
     """x·C becomes x·left·right, x·Cᵀ becomes x·rightᵀ·leftᵀ, C·x becomes left·(right·x)."""
     dense = path.use.node
@@ -111,6 +126,14 @@ def _two_products(edit: Edit, path: Path, names: FactorNames, weight: Weight) ->
     first.input.extend([factors[0], dense.input[1]] if on_the_left else [dense.input[0], factors[0]])
     second.input.extend([factors[1], first.output[0]] if on_the_left else [first.output[0], factors[1]])
     return [*nodes, first, second]
+
+
+_REWRITES = {
+    "Conv": _two_convs,
+    "ConvTranspose": _two_with_transposed,
+    "Gemm": _two_products,
+    "MatMul": _two_products,
+}
 
 
 def _pair(edit: Edit, dense: NodeProto) -> tuple[NodeProto, NodeProto]:

@@ -275,10 +275,10 @@ class Graph:
         tensors = constants.get(names.left), constants.get(names.right)
         if tensors[0] is None or tensors[1] is None or layer.rank is None:
             raise PlanError(f"{self.path}: the factors of {layer.name} are not in it")
-        left, right, rank = self._ref(tensors[0]), self._ref(tensors[1]), layer.rank
+        left, right = self._ref(tensors[0]), self._ref(tensors[1])
 
         def make() -> dict[str, Tensor]:
-            return {key: product_of(left.read(), right.read(), layer.groups, rank, shape)}
+            return {key: product_of(left.read(), right.read(), layer, shape)}
 
         return Rewrite(key, {key: (shape, left.dtype)}, layer.layer.num_params, make)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lrconvert.layers import Layer
 from lrconvert.onnx_graph.scopes import Scopes, Use, Value
 from lrconvert.onnx_graph.tensors import DTYPES
+from lrconvert.plan import LayerPlan
 
 RECURRENT = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}
 
@@ -74,6 +75,11 @@ class Weight:
     bias: Value | None = None
 
     @property
+    def is_transposed_conv(self) -> bool:
+        """Whether it is the weight of a ConvTranspose, (in, out/groups, *kernel)."""
+        return self.layer.kind.startswith("conv_transpose")
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape in the graph."""
         return tuple(self.tensor.dims)
@@ -95,8 +101,9 @@ class Weight:
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the two stored factors, (left, right), whose product is the stored weight.
 
-        A matrix is left·right. A convolution is v·u with v (out, rank, 1, …) and u (groups·rank, in/groups, *kernel).
-        A recurrent layer is one product a gate, left (gates, hidden, rank) and right (gates, rank, in).
+        A matrix is left·right. A convolution is v·u with v (out, rank, 1, …) and u (groups·rank, in/groups, *kernel), a
+        transposed one uᵀ·v with u (groups·rank, in/groups, 1, …) and v (groups·rank, out/groups, *kernel). A recurrent
+        layer is one product a gate, left (gates, hidden, rank) and right (gates, rank, in).
         """
         groups, (rows, columns) = self.layer.groups, self.layer.matrix_shape
         if self.layer.kind == "linear":
@@ -104,18 +111,22 @@ class Weight:
         if self.layer.kind in RECURRENT.values():
             return (groups, rows, rank), (groups, rank, columns)
         kernel = self.layer.shape[2:]
-        return (groups * rows, rank, *[1] * len(kernel)), (groups * rank, self.layer.shape[1], *kernel)
+        pointwise = (groups * rank, rows) if self.is_transposed_conv else (groups * rows, rank)
+        return (*pointwise, *[1] * len(kernel)), (groups * rank, self.layer.shape[1], *kernel)
 
     def stored_factors(self, u: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """(left, right) as they are stored, from u (groups, rank, columns) and v (groups, rows, rank)."""
-        pair = (u.mT, v.mT) if self.in_first else (v, u)
+        pair = (u.mT, v.mT) if self.in_first else (v.mT if self.is_transposed_conv else v, u)
         shapes = self.factor_shapes(rank)
         return pair[0].reshape(shapes[0]).contiguous(), pair[1].reshape(shapes[1]).contiguous()
 
 
-def product_of(left: Tensor, right: Tensor, groups: int, rank: int, shape: tuple[int, ...]) -> Tensor:
-    """The weight as it was stored, of `shape`, from its two stored factors; multiplied in float64."""
-    product = left.double().reshape(groups, -1, rank) @ right.double().reshape(groups, rank, -1)
+def product_of(left: Tensor, right: Tensor, layer: LayerPlan, shape: tuple[int, ...]) -> Tensor:
+    """The weight of `layer` as it was stored, of `shape`, from its two stored factors; multiplied in float64."""
+    assert layer.rank is not None
+    turned = layer.kind.startswith("conv_transpose")
+    rows = left.double().reshape(layer.groups, layer.rank, -1).mT if turned else left.double()
+    product = rows.reshape(layer.groups, -1, layer.rank) @ right.double().reshape(layer.groups, layer.rank, -1)
     return product.reshape(shape).to(left.dtype)
 
 
@@ -204,10 +215,7 @@ def _role(path: Path, value: Value, operands: dict[tuple[int, int], Value]) -> _
         return _Role("parameter", reason="parameter: no real numbers")
     if op == "Gather" and slot == 0:
         return _Role("embedding", reason="embedding: rows are looked up, not multiplied")
-    if op == "ConvTranspose" and slot == 1:
-        kind = f"conv_transpose{dims - 2}d"
-        return _Role(kind, reason="transposed convolution: not factorized in a graph yet")
-    if op == "Conv" and slot == 1:
+    if op in ("Conv", "ConvTranspose") and slot == 1:
         return _conv(path, value, ops)
     if op in RECURRENT and slot in (1, 2):
         return _recurrent(path, value, ops)
@@ -225,12 +233,14 @@ def _role(path: Path, value: Value, operands: dict[tuple[int, int], Value]) -> _
 def _conv(path: Path, value: Value, ops: set[str]) -> _Role:
     assert value.tensor is not None
     shape = tuple(value.tensor.dims)
-    kind, groups = f"conv{len(shape) - 2}d", int(attribute(path.use.node, "group", 1))
+    is_transposed = path.use.op == "ConvTranspose"
+    kind = f"conv{'_transpose' if is_transposed else ''}{len(shape) - 2}d"
+    groups = int(attribute(path.use.node, "group", 1))
     if ops - {"Identity", "Cast"} or not 3 <= len(shape) <= 5:
         return _Role(kind, groups, reason="rearranged before it is used: not factorized in a graph")
     if shape[0] % groups:
-        return _Role(kind, reason=f"{shape[0]} outputs do not divide into {groups} groups")
-    if groups > 1 and shape[1] == 1:
+        return _Role(kind, reason=f"{shape[0]} channels do not divide into {groups} groups")
+    if groups > 1 and (shape[0] // groups if is_transposed else shape[1]) == 1:
         return _Role(kind, groups, reason="depthwise: one input channel a group, nothing to factorize")
     return _Role(kind, groups)
 

@@ -96,6 +96,42 @@ def test_convolutions(tmp_path, data):
 
 @FEW
 @given(data=st.data())
+def test_transposed_convolutions(tmp_path, data):
+    dims = data.draw(st.integers(1, 3), "dims")
+    groups = data.draw(st.sampled_from([1, 2, 3]), "groups")
+    wide, out = groups * data.draw(st.integers(2, 5)), data.draw(st.integers(1, 4))
+    kernel = [data.draw(st.integers(1, 3)) for _ in range(dims)]
+    strides = [data.draw(st.integers(1, 3)) for _ in range(dims)]
+    settings = {"group": groups, "strides": strides}
+    if data.draw(st.booleans(), "pads given"):
+        settings["pads"] = [data.draw(st.integers(0, 1)) for _ in range(2 * dims)]
+    if data.draw(st.booleans(), "output_padding given"):
+        settings["output_padding"] = [stride - 1 for stride in strides]
+    if data.draw(st.booleans(), "kernel_shape given"):
+        settings["kernel_shape"] = kernel
+    bias = data.draw(st.booleans(), "bias")
+
+    def build(path, weight):
+        names = ["x", "a.weight", "a.bias"][: 2 + bias]
+        node = helper.make_node("ConvTranspose", names, ["y"], name="/a/ConvTranspose", **settings)
+        constants = {"a.weight": weight, "a.bias": offset}
+        graph(path, [node], {"x": [None, wide, *[5] * dims]}, dict(list(constants.items())[: 1 + bias]))
+
+    offset, weight = random(groups * out), random(wide, out, *kernel)
+
+    def per_group(weight, approximate):
+        parts = [approximate(part.reshape(len(part), -1)).reshape(part.shape) for part in np.split(weight, groups)]
+        return np.concatenate(parts)
+
+    small = check(tmp_path, build, {"x": random(2, wide, *[5] * dims, scale=1)}, weight, per_group)
+    found = open_network(small).tensors
+    assert found["a.u.weight"].shape[2:] == (1,) * dims
+    assert found["a.v.weight"].shape[1:] == (out, *kernel)
+    assert ops(small)["Conv"] == ops(small)["ConvTranspose"] == 1
+
+
+@FEW
+@given(data=st.data())
 def test_gemm(tmp_path, data):
     into, out = data.draw(st.integers(3, 7)), data.draw(st.integers(3, 7))
     attributes = {
