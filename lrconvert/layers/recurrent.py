@@ -144,8 +144,10 @@ class LowRankRecurrent(LowRankComposite):
             self._kept = None
             return None
         try:
-            # The sums see what changes behind the counters' back, through `.data`.
-            now = tuple((each.data_ptr(), each._version, float(each.sum())) for each in parameters)
+            # The sums see what changes behind the counters' back, through `.data`. Biases are never copied.
+            now = tuple(
+                (each.data_ptr(), each._version, float(each.sum()) if each.dim() > 1 else 0.0) for each in parameters
+            )
         except RuntimeError:  # tensors made in inference mode do not count their changes
             return None
         if self._kept is None or self._kept[0] != now:
