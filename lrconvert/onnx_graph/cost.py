@@ -27,6 +27,8 @@ from lrconvert.onnx_graph.weights import produced_by
 
 Shape = tuple[int, ...]
 
+# What makes zeros, ConstantOfShape, came with it.
+_OLDEST_OPSET = 9
 # Constants of more elements are replaced by zeros: smaller ones may be sizes and scales, which operators look at.
 _SMALL = 1024
 # Inputs that multiply or convolve each other, of operators that do little else.
@@ -51,6 +53,8 @@ def trace_graph(graph: Graph, input_shape: tuple[int, ...] | None) -> Trace:
     Raises:
         ModelError: the sizes of the inputs are not known, or onnxruntime cannot run the graph.
     """
+    if graph.opset < _OLDEST_OPSET:
+        raise ModelError(f"they are counted from opset {_OLDEST_OPSET} on, and this graph has {graph.opset}")
     hollow, nodes = _hollow(graph.model)
     reason = ""
     for feed in one_example(graph, input_shape):
@@ -120,7 +124,9 @@ def _macs(call: _Call, node: NodeProto | None) -> int:
         steps, batch, _ = call.inputs[0]
         return steps * batch * (math.prod(call.inputs[1]) + math.prod(call.inputs[2]))
     if call.op == "Attention":
-        keys = call.inputs[1][-2]
+        # With a past, all keys together are the second output.
+        has_past = node is not None and len(node.output) > 1 and bool(node.output[1])
+        keys = (call.outputs if has_past else call.inputs)[1][-2]
         return keys * (math.prod(call.inputs[0]) + math.prod(call.outputs[0]))
     if call.op == "Einsum" and node is not None:
         return _einsum_macs(call, node)
@@ -128,20 +134,25 @@ def _macs(call: _Call, node: NodeProto | None) -> int:
 
 
 def _einsum_macs(call: _Call, node: NodeProto) -> int:
-    """The product of all sizes that an equation names, if it multiplies anything."""
+    """What an equation multiplies, one operand after the other; indices that nothing needs any more are summed over."""
     equation = next(each.s.decode() for each in node.attribute if each.name == "equation").replace(" ", "")
-    terms = equation.partition("->")[0].split(",")
-    if len(terms) < 2:
-        return 0
+    left, _, right = equation.partition("->")
+    terms = left.replace("...", ".").split(",")
     sizes: dict[str, int] = {}
-    ellipsis = 1
     for term, shape in zip(terms, call.inputs, strict=True):
-        before, dots, after = term.partition("...")
+        before, dots, after = term.partition(".")
         hidden = shape[len(before) : len(shape) - len(after)] if dots else ()
-        ellipsis = max(ellipsis, math.prod(hidden))
+        sizes["."] = max(sizes.get(".", 1), math.prod(hidden))
         sizes |= zip(before, shape, strict=False)
         sizes |= zip(reversed(after), reversed(shape), strict=False)
-    return ellipsis * math.prod(sizes.values())
+    if "->" not in equation:  # what is named once is kept
+        right = "".join(index for index in sizes if left.count(index) == 1 or index == ".")
+    macs, have = 0, set(terms[0])
+    for number, term in enumerate(terms[1:], 2):
+        have |= set(term)
+        macs += math.prod(sizes[index] for index in have)
+        have &= set(right.replace("...", ".")).union(*terms[number:])
+    return macs
 
 
 def _alive(graph: Graph) -> set[int]:

@@ -112,8 +112,9 @@ def one_example(graph: Graph, input_shape: tuple[int, ...] | None) -> Iterator[F
             elif second_is_batch or len(feed) == 1:
                 given = next(each for each in graph.model.graph.input if each.name == open_ones[0])
                 dims = ", ".join(dim.dim_param or str(dim.dim_value or "?") for dim in _dims(given))
+                known = f"is ({dims})" if given.type.tensor_type.HasField("shape") else "may have any shape"
                 fix = "only one input's shape can be given" if input_shape else "--input-shape says how large it is"
-                raise ModelError(f"input '{given.name}' is ({dims}): {fix}")
+                raise ModelError(f"input '{given.name}' {known}: {fix}")
 
 
 def make_up(
@@ -137,11 +138,13 @@ def make_up(
     symbols: dict[str, int] = {}
     shaped = _shaped(inputs, input_shape) if input_shape else None
     if shaped is not None and input_shape:
-        symbols = {dim.dim_param: size for dim, size in zip(_dims(shaped)[1:], input_shape, strict=True)}
+        symbols = {dim.dim_param: size for dim, size in zip(_dims(shaped)[1:], input_shape, strict=False)}
     feed: Feed = {}
     for given in inputs:
         kind = given.type.tensor_type.elem_type
         shape = _shape(given, sizes, symbols, is_first=not feed)
+        if not given.type.tensor_type.HasField("shape"):
+            shape = (sizes.batch, sizes.other)
         if given is shaped and input_shape:
             shape = (shape[0], *input_shape)
         if kind in _FLOATS:
@@ -228,6 +231,7 @@ def _shaped(inputs: Sequence[ValueInfoProto], input_shape: tuple[int, ...]) -> V
         for given in inputs:
             dims = _dims(given)[1:]
             fits = len(dims) == len(input_shape) and any(dim.dim_value <= 0 for dim in dims)
+            fits = fits or not given.type.tensor_type.HasField("shape")
             if fits and given.type.tensor_type.elem_type in kinds:
                 return given
     return None

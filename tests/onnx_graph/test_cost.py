@@ -56,6 +56,18 @@ OPERATORS = {
         {"w": random(IN, OUT)},
         3 * 5 * IN * OUT,
     ),
+    "einsum that does not say what it keeps": (
+        node("Einsum", "x", "w", equation="ij,jk"),
+        [3, IN],
+        {"w": random(IN, OUT)},
+        3 * IN * OUT,
+    ),
+    "einsum of three": (
+        node("Einsum", "x", "w", "v", equation="bi,ij,jk->bk"),
+        [None, IN],
+        {"w": random(IN, 6), "v": random(6, OUT)},
+        IN * 6 + 6 * OUT,
+    ),
     "sum by einsum": (node("Einsum", "x", equation="bi->b"), [None, IN], {}, 0),
     "addition": (node("Add", "x", "w"), [None, IN], {"w": random(IN)}, 0),
     # Kept in the file, but computed once when it is loaded.
@@ -73,6 +85,23 @@ def test_operators(name, tmp_path):
     made, shape, constants, want = OPERATORS[name]
     path = graph(tmp_path / "a.onnx", [made], {"x": shape}, constants, opset=23 if name == "attention" else 18)
     assert macs(path) == want
+
+
+def test_attention_to_a_past(tmp_path):
+    """3 queries in 4 heads look at 5 earlier keys and their own 3."""
+    made = helper.make_node("Attention", ["x", "y", "y", "", "p", "p"], ["z", "keys", "values"])
+    given = {"x": [1, 4, 3, 8], "y": [1, 2, 3, 8], "p": [1, 2, 5, 8]}
+    path = graph(tmp_path / "a.onnx", [made], given, {}, ("z", "keys", "values"), opset=23)
+    assert macs(path) == 2 * (4 * 3 * 8 * 8)
+
+
+def test_any_shape_and_old_operators(tmp_path):
+    given = {"x": helper.make_tensor_value_info("x", FLOAT, None)}
+    path = graph(tmp_path / "a.onnx", [node("MatMul", "x", "w")], given, {"w": random(IN, OUT)})
+    assert "input 'x' may have any shape: --input-shape" in open_network(path).notes[-1]
+    assert macs(path, input_shape=(7, IN)) == 7 * IN * OUT
+    old = graph(tmp_path / "b.onnx", [node("MatMul", "x", "w")], {"x": [1, IN]}, {"w": random(IN, OUT)}, opset=8)
+    assert "counted from opset 9 on, and this graph has 8" in open_network(old).notes[-1]
 
 
 def test_quantized_products_are_counted(tmp_path):
