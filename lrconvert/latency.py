@@ -10,13 +10,14 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lrconvert.bench import FEWEST_TURNS, MOST_TURNS, Bench
+from lrconvert.bench import FEWEST_TURNS, MOST_TURNS, Bench, factorized
 from lrconvert.layers import Layer
 from lrconvert.plan import Plan
 from lrconvert.single_layers import Arguments, alike, calls_of, choices, copy_of, random_block, with_data
@@ -67,6 +68,13 @@ class LatencyTable:
     measured_on: str
     scale: float = 1.0
 
+    @classmethod
+    def of(cls, layers: Mapping[str, LayerLatency], model_ms: float, measured_on: str) -> "LatencyTable":
+        """The table of `layers` that were timed alone, in a model that takes `model_ms`."""
+        # Together they cannot take longer than the model: where they do, the machine was busier when they were timed.
+        alone = sum(latency.dense_ms for latency in layers.values())
+        return cls(layers, model_ms, measured_on, min(1.0, model_ms / alone) if alone else 1.0)
+
     def layer_ms(self, name: str, rank: int | None) -> float:
         """Time that the layer `name` takes of the model's at `rank`, None for dense; 0 for one that is missing."""
         layer = self.layers.get(name)
@@ -84,6 +92,43 @@ class LatencyTable:
         """
         predicted, measured = self.model_ms - self.predicted_ms(plan), self.model_ms * (1 - ratio)
         return replace(self, scale=self.scale * measured / predicted) if min(predicted, measured) > 0 else self
+
+
+class Timing(Protocol):
+    """What a network is timed with."""
+
+    def table(self, layers: Sequence[Layer]) -> LatencyTable:
+        """Times of the network, and of each of `layers` dense and at ranks up to break-even."""
+
+    def in_turns(self, plan: Plan) -> tuple[float, float]:
+        """Milliseconds of one call: (dense, factorized by `plan`)."""
+
+    def __str__(self) -> str:
+        """On what."""
+
+
+class ModelTiming:
+    """Times a model on a bench.
+
+    Args:
+        model: dense; it is left as it is.
+        bench: on what.
+    """
+
+    def __init__(self, model: nn.Module, bench: Bench) -> None:
+        self.model, self.bench = bench.place(model), bench
+
+    def __str__(self) -> str:
+        return str(self.bench)
+
+    def table(self, layers: Sequence[Layer]) -> LatencyTable:
+        """See `measure`."""
+        return measure(self.model, layers, self.bench)
+
+    def in_turns(self, plan: Plan) -> tuple[float, float]:
+        """The fastest of each, see `Bench.measure`."""
+        dense, low_rank = self.bench.measure([self.model, factorized(self.model, plan)])
+        return dense, low_rank
 
 
 def measure(model: nn.Module, layers: Sequence[Layer], bench: Bench, seconds: float = 30.0) -> LatencyTable:
@@ -110,17 +155,20 @@ def measure(model: nn.Module, layers: Sequence[Layer], bench: Bench, seconds: fl
     with torch.random.fork_rng([bench.device] if bench.device.type == "cuda" else []):
         (model_ms,) = bench.measure([model])
         block = random_block(list(modules.values()), bench.device)
-        end = time.perf_counter() + seconds
-        for number, owners in enumerate(stacks.values()):
+        share = share_of(seconds, len(stacks))
+        for owners in stacks.values():
             first = owners[0]
-            share = (end - time.perf_counter()) / (len(stacks) - number)
             stack = _Stack(modules[first], weights[first], calls[first], block, bench)
-            for position, latency in enumerate(stack.measure(share)):
+            for position, latency in enumerate(stack.measure(next(share))):
                 found |= {weights[owner][position].name: latency for owner in owners}
-    # Together the layers cannot take longer than the model: where they do, the machine was busier when they were timed.
-    alone = sum(latency.dense_ms for latency in found.values())
-    scale = min(1.0, model_ms / alone) if alone else 1.0
-    return LatencyTable(found, model_ms, str(bench), scale)
+    return LatencyTable.of(found, model_ms, str(bench))
+
+
+def share_of(seconds: float, parts: int) -> Iterator[float]:
+    """For each of `parts` in turn, how long it may take: an equal share of what the others left of `seconds`."""
+    end = time.perf_counter() + seconds
+    for left in range(parts, 0, -1):
+        yield (end - time.perf_counter()) / left
 
 
 @dataclass(frozen=True)
@@ -149,9 +197,8 @@ class _Stack:
         """
         dense = self.run({})
         (once,) = times_in_turns([dense], 1, self.bench.device, least=1)
-        affordable = int(seconds * 1e3 / (min(once) * (FEWEST_TURNS + 1))) // len(self.weights)
-        most = min(max(affordable, FEWEST_RANKS), max(MOST_RANKS // len(self.weights), FEWEST_RANKS))
-        ranks = [ranks_to_time(layer.break_even_rank, most) for layer in self.weights]
+        several = len(self.weights)
+        ranks = [affordable_ranks(layer.break_even_rank, min(once), seconds, several) for layer in self.weights]
         middle = tuple(each[len(each) // 2] for each in ranks)
         jobs = list(
             dict.fromkeys((*middle[:at], rank, *middle[at + 1 :]) for at, each in enumerate(ranks) for rank in each)
@@ -187,6 +234,13 @@ class _Run:
         with torch.inference_mode():
             for arguments, named in self.calls:
                 self.module(*arguments, **named)
+
+
+def affordable_ranks(break_even: int, dense_ms: float, seconds: float, several: int = 1) -> tuple[int, ...]:
+    """The ranks to time of a layer that takes `dense_ms`, one of `several` that share `seconds`; see `measure`."""
+    affordable = int(seconds * 1e3 / (dense_ms * (FEWEST_TURNS + 1))) // several
+    most = min(max(affordable, FEWEST_RANKS), max(MOST_RANKS // several, FEWEST_RANKS))
+    return ranks_to_time(break_even, most)
 
 
 def ranks_to_time(break_even: int, most: int) -> tuple[int, ...]:

@@ -4,11 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from torch import nn
-
-from lrconvert.bench import Bench, factorized
 from lrconvert.errors import NothingToCompressError
-from lrconvert.latency import LatencyTable, LayerLatency
+from lrconvert.latency import LatencyTable, LayerLatency, Timing
 from lrconvert.plan import GIVEN, LayerPlan, Plan, PlanLatency
 
 Goal = Literal["size", "speed", "both"]
@@ -48,39 +45,38 @@ def without_slower(plan: Plan, table: LatencyTable, goal: Goal) -> Plan:
     return plan.model_copy(update={"layers": tuple(decided(layer) for layer in plan.layers)})
 
 
-def timed(plan: Plan, model: nn.Module, table: LatencyTable, bench: Bench) -> Plan:
-    """`plan` with its latency: predicted, and measured with `model` as it is and factorized, in turns.
+def timed(plan: Plan, timing: Timing, table: LatencyTable) -> Plan:
+    """`plan` with its latency: predicted, and measured with the network as it is and factorized, in turns.
 
     Args:
         plan: that factorizes some layer.
-        model: the dense model, placed on the bench.
+        timing: of the dense network.
         table: its times.
-        bench: on what.
     """
-    dense_ms, low_rank_ms = bench.measure([model, factorized(model, plan)])
+    dense_ms, low_rank_ms = timing.in_turns(plan)
     latency = PlanLatency(
         dense_ms=dense_ms,
         predicted_ms=table.predicted_ms(plan) * dense_ms / table.model_ms,
         measured_ms=low_rank_ms,
-        measured_on=str(bench),
+        measured_on=str(timing),
     )
     return plan.model_copy(update={"latency": latency})
 
 
-def surely_faster(plan: Plan, model: nn.Module, table: LatencyTable, bench: Bench) -> Plan:
+def surely_faster(plan: Plan, timing: Timing, table: LatencyTable) -> Plan:
     """The plan with its latency, less the layers that gain least, as many as it takes for the model to get faster.
 
     Layers whose ranks were given by name stay as they are.
 
     Args:
-        plan, model, table, bench: as for `timed`.
+        plan, timing, table: as for `timed`.
 
     Raises:
         NothingToCompressError: no part of the plan makes the model faster; the message holds the measured times.
     """
     tried = []
     while plan.low_rank:
-        plan = timed(plan, model, table, bench)
+        plan = timed(plan, timing, table)
         assert plan.latency is not None
         if plan.latency.ratio < 1:
             return plan
@@ -90,7 +86,7 @@ def surely_faster(plan: Plan, model: nn.Module, table: LatencyTable, bench: Benc
         plan = _without_least_gains(plan, table)
     measured = "; ".join(tried) or "every layer is slower at its rank, or as slow"
     raise NothingToCompressError(
-        f"factorizing makes this model no faster on {bench}: {table.model_ms:.4g} ms dense, {measured}; "
+        f"factorizing makes this model no faster on {timing}: {table.model_ms:.4g} ms dense, {measured}; "
         "ask for --for size to have it smaller all the same, or for lower ranks"
     )
 

@@ -9,7 +9,7 @@ import lrconvert.latency
 from lrconvert.bench import Bench, factorized
 from lrconvert.errors import NothingToCompressError
 from lrconvert.inputs import one_input
-from lrconvert.latency import LatencyTable, LayerLatency, measure, non_decreasing, ranks_to_time
+from lrconvert.latency import LatencyTable, LayerLatency, ModelTiming, measure, non_decreasing, ranks_to_time
 from lrconvert.layers.survey import layers_of_module
 from lrconvert.plan import LayerPlan, Plan
 from lrconvert.speed import reason_too_slow, surely_faster, timed, without_slower
@@ -204,7 +204,7 @@ BENCH = Bench(one_input((64,)))
 
 def test_what_was_measured_is_in_the_plan(whole):
     whole.append([50.0, 45.0])
-    found = timed(plan_with(fast=8, even=None), model_of("fast", "even"), TABLE, BENCH)
+    found = timed(plan_with(fast=8, even=None), ModelTiming(model_of("fast", "even"), BENCH), TABLE)
     assert found.latency.dense_ms == 50
     assert found.latency.measured_ms == 45
     assert found.latency.predicted_ms == pytest.approx(32 * 50 / 40)  # the ratio is predicted, of today's dense time
@@ -215,7 +215,9 @@ def test_what_was_measured_is_in_the_plan(whole):
 
 def test_layers_that_gain_least_go_until_the_model_is_faster(whole):
     whole += [[40.0, 41.0], [40.0, 39.0]]
-    found = surely_faster(plan_with(fast=8, even=8, slow=8), model_of("fast", "even", "slow"), TABLE, BENCH)
+    found = surely_faster(
+        plan_with(fast=8, even=8, slow=8), ModelTiming(model_of("fast", "even", "slow"), BENCH), TABLE
+    )
     assert {layer.name: layer.rank for layer in found.layers} == {"fast": 8, "even": None, "slow": None}
     assert found.layers[1].reason == "gains too little: 0.4 ms"
     assert found.latency.ratio < 1
@@ -226,10 +228,10 @@ def test_a_model_that_gets_no_faster_is_refused_with_its_times(whole):
     with pytest.raises(
         NothingToCompressError, match=r"40 ms dense, 41 ms with 2 layers .*; 40 ms with 1 layer"
     ) as error:
-        surely_faster(plan_with(fast=8, slow=8), model_of("fast", "slow"), TABLE, BENCH)
+        surely_faster(plan_with(fast=8, slow=8), ModelTiming(model_of("fast", "slow"), BENCH), TABLE)
     assert error.value.exit_code == 3
     with pytest.raises(NothingToCompressError, match="every layer"):
-        surely_faster(plan_with(fast=None), model_of("fast"), TABLE, BENCH)
+        surely_faster(plan_with(fast=None), ModelTiming(model_of("fast"), BENCH), TABLE)
 
 
 def test_models_are_timed_as_they_are_and_left_alone():

@@ -12,7 +12,7 @@ from lrconvert.allocation import FloatArray
 from lrconvert.analysis import Analysis, Progress, analyze_layers
 from lrconvert.api.common import resolve_device
 from lrconvert.api.min_accuracy import plan_by_accuracy
-from lrconvert.api.timing import bench_for, plan_by_time
+from lrconvert.api.timing import plan_by_time, timing_for
 from lrconvert.api.validation import measuring
 from lrconvert.budget import Budget, one_budget
 from lrconvert.calibration import Calibration
@@ -135,7 +135,7 @@ def make_plan(
     by_time = goal != "size" or (budget is not None and budget.kind == "latency_ratio")
     if min_accuracy is not None and goal != "size":
         raise UsageError("--min-accuracy looks for the fewest parameters: --for size, or another budget")
-    bench = bench_for(network, batch_size, where, channels_last) if by_time else None
+    timing = timing_for(network, batch_size, where, channels_last) if by_time else None
     candidates = candidates_of(network, options)
     if isinstance(source, Analysis):
         missing = [layer.name for layer in candidates.layers if layer.name not in source.spectra]
@@ -164,7 +164,7 @@ def make_plan(
     if budget is not None and evaluate is not None:
         accuracy = measuring(network, evaluate, data_dir, where, calibration.responses if calibration else {})
         return plan_by_accuracy(budget, candidates, lambda within: decide(within=within), accuracy)
-    return decide() if bench is None else plan_by_time(candidates, decide, goal, bench)
+    return decide() if timing is None else plan_by_time(candidates, decide, goal, timing)
 
 
 def _curves(allocator: str, calibration: Calibration, layers: Iterable[Layer]) -> Mapping[str, FloatArray] | None:

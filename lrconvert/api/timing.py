@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from lrconvert.bench import Bench
 from lrconvert.budget import Budget
 from lrconvert.errors import NothingToCompressError, UsageError
-from lrconvert.latency import LatencyTable, measure
+from lrconvert.inputs import shape_of
+from lrconvert.latency import LatencyTable, ModelTiming, Timing
 from lrconvert.layers import Layer
 from lrconvert.loading import model_of
 from lrconvert.network import Network
@@ -26,6 +26,30 @@ CORRECTIONS = 2
 Decide = Callable[[Prices | None], Plan]
 
 
+def timing_for(network: Network, batch_size: int, device: torch.device, channels_last: bool) -> Timing:
+    """What `network` is timed with: a bench for models, onnxruntime on the CPU for graphs.
+
+    Raises:
+        UsageError: the network cannot be run, as nobody said what with.
+    """
+    graph = network.checkpoint.graph if network.checkpoint else None
+    if graph is None:
+        return ModelTiming(model_of(network), bench_for(network, batch_size, device, channels_last))
+    _check_batch(batch_size)
+    if channels_last:
+        raise UsageError(f"{network.name} is a graph, whose layout is its own: leave --channels-last out")
+    if network.trace is None:
+        raise UsageError(f"{network.name} cannot be timed layer by layer, --for size does without: {network.notes[-1]}")
+    from lrconvert.onnx_graph.latency import GraphTiming
+
+    return GraphTiming(graph, batch_size, shape_of(network.inputs))
+
+
+def _check_batch(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be 1 or more, not {batch_size}")
+
+
 def bench_for(network: Network, batch_size: int, device: torch.device, channels_last: bool) -> Bench:
     """What the latency of `network` is measured on.
 
@@ -34,17 +58,14 @@ def bench_for(network: Network, batch_size: int, device: torch.device, channels_
     """
     if network.module is None or network.inputs is None:
         missing = "--model" if network.module is None else "--input-shape"
-        graph = network.checkpoint is not None and network.checkpoint.graph is not None
-        fix = "a graph's layers cannot be: use --for size" if graph else f"name its {missing}, or use --for size"
-        raise UsageError(f"{network.name} has to be run to be timed: {fix}")
+        raise UsageError(f"{network.name} has to be run to be timed: name its {missing}, or use --for size")
     if network.trace is None:
         raise UsageError(f"{network.name} cannot be timed layer by layer, --for size does without: {network.notes[-1]}")
-    if batch_size < 1:
-        raise UsageError(f"--batch-size must be 1 or more, not {batch_size}")
+    _check_batch(batch_size)
     return Bench(network.inputs, batch_size, device, channels_last)
 
 
-def plan_by_time(candidates: Candidates, decide: Decide, goal: Goal, bench: Bench) -> Plan:
+def plan_by_time(candidates: Candidates, decide: Decide, goal: Goal, timing: Timing) -> Plan:
     """The plan of `decide` without layers that get slower, and with its latency.
 
     Args:
@@ -52,32 +73,31 @@ def plan_by_time(candidates: Candidates, decide: Decide, goal: Goal, bench: Benc
         decide: what makes a plan of them, by prices.
         goal: "speed" spends a budget by time, whatever its unit, and refuses a model that does not get faster; "both"
             and "size" report.
-        bench: what to measure on.
+        timing: what to measure with.
 
     Raises:
         NothingToCompressError: for speed, no plan is faster; or a latency cannot be reached (TargetError).
     """
-    model = bench.place(model_of(candidates.network))
-    table = measure(model, candidates.shrinkable, bench)
+    table = timing.table(candidates.shrinkable)
     budget = candidates.options.rule
     if not isinstance(budget, Budget):
         plan = without_slower(decide(None), table, goal)
         if goal == "speed":
-            return surely_faster(plan, model, table, bench)
-        return timed(plan, model, table, bench) if plan.low_rank else plan
+            return surely_faster(plan, timing, table)
+        return timed(plan, timing, table) if plan.low_rank else plan
     if budget.kind == "latency_ratio":
         goal = "both" if goal == "size" else goal  # what is slower cannot be for size here
-        plan = _within_latency(budget, candidates, decide, goal, model, table, bench)
+        plan = _within_latency(budget, candidates, decide, goal, timing, table)
     else:
         prices = candidates.prices(budget)
         if goal == "speed":
             times = latency_prices(candidates.layers, table)
             prices = times if budget.kind == "max_error" else replace(prices, spend_by=times)
         plan = decide(fast_prices(prices, candidates, table, goal))
-        plan = timed(plan, model, table, bench) if plan.low_rank else plan
+        plan = timed(plan, timing, table) if plan.low_rank else plan
     if goal == "speed" and plan.latency is not None and plan.latency.ratio >= 1:
         raise NothingToCompressError(
-            f"{budget.option} {budget.target:g} makes this model no faster on {bench}: {plan.latency.dense_ms:.4g} ms "
+            f"{budget.option} {budget.target:g} makes this model no faster on {timing}: {plan.latency.dense_ms:.4g} ms "
             f"dense, {plan.latency.measured_ms:.4g} ms low rank; ask for --for size to have it all the same"
         )
     return explained(plan, table, goal)
@@ -88,9 +108,8 @@ def _within_latency(
     candidates: Candidates,
     decide: Decide,
     goal: Goal,
-    model: nn.Module,
+    timing: Timing,
     table: LatencyTable,
-    bench: Bench,
 ) -> Plan:
     """The plan whose measured latency is nearest to the budget's, of some that are each made from the one before."""
     tried: list[tuple[float, Plan]] = []
@@ -98,7 +117,7 @@ def _within_latency(
         plan = decide(fast_prices(latency_prices(candidates.layers, table), candidates, table, goal))
         if not plan.low_rank:
             return plan
-        plan = timed(plan, model, table, bench)
+        plan = timed(plan, timing, table)
         assert plan.latency is not None
         tried.append((abs(plan.latency.ratio / budget.target - 1), plan))
         if tried[-1][0] <= TOLERANCE:

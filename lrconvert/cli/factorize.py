@@ -1,13 +1,16 @@
 """`lrconvert factorize`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lrconvert.cli import options
 from lrconvert.cli.memory import return_freed_memory
 from lrconvert.errors import UsageError
+
+if TYPE_CHECKING:
+    from lrconvert.network import Network
 
 
 def factorize(
@@ -279,7 +282,7 @@ def factorize(
         options.parse_model_args(model_arg),
         options.parse_shape(input_shape),
     )
-    if auto and not budget and network.module is not None and network.trace is not None:
+    if auto and not budget and _can_be_timed(network):
         chosen.setdefault("goal", "both")
     if sequential and network.checkpoint is not None and network.checkpoint.graph is not None:
         raise UsageError(f"{network.name} is a graph, whose layers are not fitted in turn: leave --sequential out")
@@ -368,3 +371,12 @@ def _measured(allocator: str | None, is_distributed: bool) -> bool | None:
     if allocator is None and is_distributed:
         return None
     return allocator == "sensitivity"
+
+
+def _can_be_timed(network: "Network") -> bool:
+    """Whether `network` can be run layer by layer; graphs of more than a message holds are not tried unasked."""
+    if network.checkpoint is None or network.checkpoint.graph is None:
+        return network.trace is not None
+    from lrconvert.onnx_graph.save import INLINE_LIMIT
+
+    return network.trace is not None and network.checkpoint.nbytes <= INLINE_LIMIT

@@ -7,6 +7,7 @@ is left out. Where nothing can be compared, that is said, and nothing is claimed
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -193,10 +194,16 @@ def session_of(
         model.graph.input.extend(
             helper.make_tensor_value_info(name, tensor.data_type, tensor.dims) for name, tensor in given.items()
         )
+    return open_session(model, graph.path.parent)
+
+
+def open_session(model: ModelProto, folder: Path | None = None) -> onnxruntime.InferenceSession:
+    """A session that runs `model` on the CPU; its external data, if it has any, is in `folder`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # failures come as exceptions, and are expected here
-    folder = str(graph.path.parent.resolve())
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    if folder is not None:
+        where = str(folder.resolve())
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", where)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

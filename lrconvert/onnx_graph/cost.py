@@ -67,6 +67,16 @@ def trace_graph(graph: Graph, input_shape: tuple[int, ...] | None) -> Trace:
     raise ModelError(f"onnxruntime cannot run the graph ({reason})")
 
 
+def executions(graph: Graph, feed: Feed) -> dict[int, list[tuple[Shape, ...]]]:
+    """Shapes of what every node read in a run on `feed`, each time that it ran, by the node's identity."""
+    hollow, nodes = _hollow(graph.model)
+    found: dict[int, list[tuple[Shape, ...]]] = {}
+    for call in _calls(hollow, graph.path.parent, feed):
+        if call.name in nodes:
+            found.setdefault(id(nodes[call.name]), []).append(call.inputs)
+    return found
+
+
 def uncounted(graph: Graph) -> tuple[str, ...]:
     """Operators that multiply matrices in a way of their own, and are not counted."""
     nodes = [node for each in graph.scopes.graphs for node in each.node if node.domain not in STANDARD]

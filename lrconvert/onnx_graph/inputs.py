@@ -90,12 +90,13 @@ def _comparisons(value: Value, produced: dict[int, list[Value]]) -> Iterator[Nod
                 yield from _comparisons(output, produced)
 
 
-def one_example(graph: Graph, input_shape: tuple[int, ...] | None) -> Iterator[Feed]:
+def one_example(graph: Graph, input_shape: tuple[int, ...] | None, batch: int = 1) -> Iterator[Feed]:
     """Random inputs of one example; several choices of what the graph compares with constants, none of any size.
 
     Args:
         graph: whose inputs.
         input_shape: as for `make_up`.
+        batch: of so many examples instead.
 
     Raises:
         ModelError: a size is not known, or an input is of a kind that cannot be made up.
@@ -103,7 +104,7 @@ def one_example(graph: Graph, input_shape: tuple[int, ...] | None) -> Iterator[F
     for numbers in choices_of(graph):
         for second_is_batch in (False, True):
             try:
-                feed = make_up(graph, Sizes(1, 0, second_is_batch), numbers, 1.0, input_shape)
+                feed = make_up(graph, Sizes(batch, 0, second_is_batch), numbers, 1.0, input_shape)
             except ValueError as error:
                 raise ModelError(str(error)) from None
             open_ones = [name for name, array in feed.items() if not array.size]

@@ -9,6 +9,7 @@ from torch import nn
 
 import lrconvert
 import lrconvert.api.timing
+import lrconvert.latency
 import lrconvert.network
 from lrconvert.bench import Bench
 from lrconvert.errors import NothingToCompressError, TargetError, UnknownNameError, UsageError
@@ -61,7 +62,7 @@ def clock(monkeypatch):
         ranks = {name: module.rank for name, module in models[1].named_modules() if hasattr(module, "factored")}
         return [20.0, state["whole"](ranks)]
 
-    monkeypatch.setattr(lrconvert.api.timing, "measure", measured)
+    monkeypatch.setattr(lrconvert.latency, "measure", measured)
     monkeypatch.setattr(Bench, "measure", run)
     return state
 
@@ -102,7 +103,7 @@ def test_for_speed_a_budget_keeps_what_costs_least_time(monkeypatch):
         name: LayerLatency(10.0, ranks_timed, tuple(each * rank for rank in ranks_timed))
         for name, each in (("2", 0.1), ("4", 0.01))
     }
-    monkeypatch.setattr(lrconvert.api.timing, "measure", lambda *_: LatencyTable(times, 20.0, "here"))
+    monkeypatch.setattr(lrconvert.latency, "measure", lambda *_: LatencyTable(times, 20.0, "here"))
     monkeypatch.setattr(Bench, "measure", lambda *_: [20.0, 10.0])
     model = model_of()
     for name in ("2", "4"):
