@@ -1,10 +1,12 @@
 """How much faster a network runs once it is factorized for speed: torchvision models, dense and low rank, in turns.
 
     python benchmarks/auto_speed.py [--json FILE] [--rounds 9] [--models vgg16_bn …] [--batches 1 16] [--contiguous]
+    python benchmarks/auto_speed.py --onnx [--json FILE] [--rounds 9] [--models vgg16_bn …] [--batches 1 16]
 
 Two plans for each model and batch: `--auto --for speed`, and half of the MACs, `--mac-ratio 0.5 --for speed`. They are
 made for the device, input size and batch that are measured then. Dense and low rank are in one process, float32, both
-channels_last or, with --contiguous, both as they are built, and take turns.
+channels_last or, with --contiguous, both as they are built, and take turns. With --onnx models are exported first, and
+the graphs are factorized and run in onnxruntime.
 
 The weights are random, but ranks depend on spectra, and those of random weights are flat: the i-th singular value of
 every weight is therefore made proportional to i^-½. Those of trained networks fall off as fast or faster. Accuracy is
@@ -13,6 +15,7 @@ not measured here.
 
 import argparse
 import copy
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from torch import nn
 import lrconvert
 from lrconvert.cost import trace
 from lrconvert.inputs import one_input
+from lrconvert.plan import Plan
 
 IMAGE = one_input((3, 224, 224))
 MODELS = ("resnet50", "vgg16_bn", "vit_b_16")
@@ -41,18 +45,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=(1, 16))
     parser.add_argument("--contiguous", action="store_true", help="not channels_last")
+    parser.add_argument("--onnx", action="store_true", help="graphs in onnxruntime")
     options = parser.parse_args()
     layout = torch.contiguous_format if options.contiguous else torch.channels_last
     rows = []
     for name in options.models:
         model = model_of(name)
-        for batch in options.batches:
-            for plan in PLANS:
-                found = measure(model, batch, plan, layout, options.rounds)
-                rows.append({"model": name, "batch": batch, "plan": plan, "layout": str(layout), **found})
-                print(f"{name}, batch {batch}, {plan}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = exported(name, model, Path(folder)) if options.onnx else None
+            for batch in options.batches:
+                for plan in PLANS:
+                    if path is not None:
+                        found = {"runner": "onnxruntime", **measure_graph(path, batch, plan, options.rounds)}
+                    else:
+                        found = {"layout": str(layout), **measure(model, batch, plan, layout, options.rounds)}
+                    rows.append({"model": name, "batch": batch, "plan": plan, **found})
+                    print(f"{name}, batch {batch}, {plan}", flush=True)
     print(describe(rows))
-    save({"benchmark": "auto_speed", "environment": environment(), "rows": rows}, options.json)
+    save({"benchmark": "auto_speed", "environment": environment("onnxruntime"), "rows": rows}, options.json)
 
 
 def model_of(name: str) -> nn.Module:
@@ -67,6 +77,34 @@ def model_of(name: str) -> nn.Module:
         values *= rows**0.5 / values.norm()  # outputs of the size of the inputs
         weight.copy_(((left * values) @ right.T).reshape(weight.shape))
     return model
+
+
+def exported(name: str, model: nn.Module, folder: Path) -> Path:
+    """The graph of a model."""
+    torch.save(model.state_dict(), folder / "dense.pt")
+    lrconvert.export(folder / "dense.pt", folder / "dense.onnx", "onnx", model=f"torchvision/{name}")
+    return folder / "dense.onnx"
+
+
+def measure_graph(path: Path, batch: int, plan: str, rounds: int) -> dict[str, Any]:
+    """Times and ratios for one graph, batch and plan."""
+    import onnxruntime
+
+    started = time.perf_counter()
+    found = lrconvert.make_plan(path, **PLANS[plan], goal="speed", rank_multiple="auto", batch_size=batch, device="cpu")
+    planning = time.perf_counter() - started
+    small = path.with_name("small.onnx")
+    record = lrconvert.factorize(path, found, output=small, overwrite=True)
+    image = torch.randn(batch, 3, 224, 224).numpy()
+    sessions = [onnxruntime.InferenceSession(str(each), providers=["CPUExecutionProvider"]) for each in (path, small)]
+    name = sessions[0].get_inputs()[0].name
+    jobs = {
+        which: lambda session=session: session.run(None, {name: image})
+        for which, session in zip(("dense", "low rank"), sessions, strict=True)
+    }
+    seconds = interleave(jobs, dict.fromkeys(jobs, rounds))
+    assert record.macs_before and record.macs_after
+    return {**figures(found, planning, seconds), "mac_ratio": record.macs_after / record.macs_before}
 
 
 def measure(model: nn.Module, batch: int, plan: str, layout: torch.memory_format, rounds: int) -> dict[str, Any]:
@@ -89,12 +127,19 @@ def measure(model: nn.Module, batch: int, plan: str, layout: torch.memory_format
     jobs = {"dense": lambda: dense(image), "low rank": lambda: low_rank(image)}
     with torch.inference_mode():
         seconds = interleave(jobs, dict.fromkeys(jobs, rounds))
+    return {
+        **figures(found, planning, seconds),
+        "mac_ratio": trace(low_rank, IMAGE).macs / trace(model, IMAGE).macs,
+    }
+
+
+def figures(found: Plan, planning: float, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """What is noted of a plan, of the seconds it took to make, and of those that both networks took."""
     assert found.latency is not None
     return {
         "planning_seconds": planning,
         "low_rank_layers": len(found.low_rank),
         "layers": len(found.layers),
-        "mac_ratio": trace(low_rank, IMAGE).macs / trace(model, IMAGE).macs,
         "predicted_ratio": found.latency.predicted_ms / found.latency.dense_ms,
         "measured_ratio": found.latency.ratio,
         "seconds": {job: summary(values) for job, values in seconds.items()},
