@@ -103,7 +103,8 @@ def measure_graph(path: Path, batch: int, plan: str, rounds: int) -> dict[str, A
         for which, session in zip(("dense", "low rank"), sessions, strict=True)
     }
     seconds = interleave(jobs, dict.fromkeys(jobs, rounds))
-    assert record.macs_before and record.macs_after
+    assert record.macs_before
+    assert record.macs_after
     return {**figures(found, planning, seconds), "mac_ratio": record.macs_after / record.macs_before}
 
 
