@@ -197,11 +197,11 @@ def _most_of(evidence: Evidence, rank: Callable[[Values, int, int], int]) -> int
     return max(rank(values.numpy(), *evidence.layer.matrix_shape) for values in evidence.spectrum.values)
 
 
-# Linear layers, however their weights are stored.
-_LINEAR = EXPERT_KINDS | {"linear", "transposed_linear"}
+# Linear layers, however their weights are stored: attention in one module is to get the ranks of attention in four.
+_LINEAR = EXPERT_KINDS | {"linear", "transposed_linear", "attention", "embedding"}
 
 
-@_rule("auto", "Cuttlefish: scaled stable rank, for linear layers at least accumulative rank 0.8")
+@_rule("auto", "Cuttlefish: scaled stable rank, for linear layers and attention at least accumulative rank 0.8")
 def _auto(evidence: Evidence, _: float) -> int:
     scaled = _scaled_stable_rank(evidence, 0.0)
     return max(scaled, evidence.spectrum.accumulative_rank(0.8)) if evidence.layer.kind in _LINEAR else scaled

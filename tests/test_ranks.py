@@ -71,7 +71,8 @@ def test_rules_on_a_known_spectrum():
 def test_auto_uses_the_scaled_stable_rank_alone_for_convolutions():
     values = [4.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 0.0]
     assert parse_rule("auto").rank(evidence_with(values, "conv2d", xi=2.0)) == 4
-    assert parse_rule("auto").rank(evidence_with(values, "linear", xi=2.0)) == 5
+    for kind in ("linear", "transposed_linear", "attention", "embedding"):
+        assert parse_rule("auto").rank(evidence_with(values, kind, xi=2.0)) == 5
 
 
 def test_whole_ranks_are_not_rounded_up_by_noise():

@@ -23,7 +23,7 @@ def factorize(
         bool,
         typer.Option(
             "--auto",
-            help="Cuttlefish: scaled stable rank, for linear layers accumulative rank too.",
+            help="Cuttlefish: scaled stable rank, for linear layers and attention accumulative rank too.",
             rich_help_panel=options.RANKS,
         ),
     ] = False,

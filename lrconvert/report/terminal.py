@@ -98,7 +98,7 @@ def _factorize(record: records.FactorizeRecord, console: Console, wide: bool, ve
     console.print(f"{record.source}{to}", style="bold")
     console.print(f"rule {record.rule}, layers in {record.order} order")
     if record.rule == "auto":
-        console.print("auto: scaled stable rank; for linear layers accumulative rank 0.8, if larger", style="dim")
+        console.print("auto: scaled stable rank; linear and attention: accumulative rank 0.8, if larger", style="dim")
     print_notes(console, record.notes)
     rows = [row for row in record.layers if row.rank is not None or verbose]
     console.print(decision_table(rows, wide))
