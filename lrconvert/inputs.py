@@ -1,7 +1,7 @@
 """What a model is called with: shapes and types of its inputs, examples drawn from them, and calls with real data."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal, overload
 
@@ -19,6 +19,8 @@ class Input:
         kind: "float", in the model's own dtype; "index", whole numbers below `high`; "mask", all ones.
         high: for an index, the first number that is not allowed.
         batch_dim: where the batch goes in the shape.
+        length: a name for its first dimension where the model takes any size ("tokens"), the one in `shape` being an
+            example. Inputs whose lengths have one name are of one length.
     """
 
     shape: tuple[int, ...]
@@ -26,6 +28,7 @@ class Input:
     kind: Literal["float", "index", "mask"] = "float"
     high: int = 2
     batch_dim: int = 0
+    length: str | None = None
 
     def example(self, batch: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Tensor:
         """A random tensor of `batch` examples."""
@@ -70,9 +73,32 @@ def examples(
     return ((), named) if named else (tuple(drawn), {})
 
 
-def dynamic_shapes(inputs: Inputs, batch: Any) -> Any:
-    """For torch.export: which dimension of each argument is the dimension `batch`."""
-    dims = [{each.batch_dim: batch} for each in inputs]
+def lengths_of(inputs: Inputs) -> dict[str, int]:
+    """The lengths that may be any, by name, as they are in the examples."""
+    return {each.length: each.shape[0] for each in inputs if each.length is not None}
+
+
+def with_lengths(inputs: Inputs, lengths: Mapping[str, int]) -> Inputs:
+    """`inputs` with other `lengths`, by name; those that it does not name stay as they are."""
+    return tuple(
+        replace(each, shape=(lengths.get(each.length or "", each.shape[0]), *each.shape[1:])) if each.length else each
+        for each in inputs
+    )
+
+
+def with_fixed_lengths(inputs: Inputs) -> Inputs:
+    """`inputs` that take no other lengths than those of the examples."""
+    return tuple(replace(each, length=None) for each in inputs)
+
+
+def open_dimensions(inputs: Inputs, dimension: Callable[[str], Any]) -> Any:
+    """For torch.export: which dimensions of each argument are open, "batch" and lengths; `dimension` makes one."""
+    made = {name: dimension(name) for name in ("batch", *lengths_of(inputs))}
+    dims = []
+    for each in inputs:
+        dims.append({each.batch_dim: made["batch"]})
+        if each.length is not None:
+            dims[-1][1 if each.batch_dim == 0 else 0] = made[each.length]
     named = {each.name: dim for each, dim in zip(inputs, dims, strict=True) if each.name is not None}
     return named or tuple(dims)
 

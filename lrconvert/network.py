@@ -86,6 +86,8 @@ def open_network(
         for key, parameter in source.named_parameters():
             if isinstance(parameter, nn.UninitializedParameter):
                 raise ModelError(f"{key} has no shape yet: run one batch through the model first")
+            if parameter.is_meta:
+                raise ModelError(f"{key} has no values, it is on the meta device: load the model's weights first")
         tensors = refs_of(source.state_dict())
         network = Network(type(source).__name__, tensors, (), "file", 0, module=source)
         return _with_module(network, source, one_input(input_shape or _own_shape(source)) or inputs_of_live(source))

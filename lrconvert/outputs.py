@@ -15,10 +15,19 @@ def tensors_in(returned: Any) -> list[Tensor]:
 
     What other objects hold is left out: a cache of keys and values is no result.
     """
+    return [tensor for _, tensor in named_tensors_in(returned)]
+
+
+def named_tensors_in(returned: Any, name: str = "") -> list[tuple[str, Tensor]]:
+    """`tensors_in` with names: "output" alone, "output" and "output1" in a tuple, "logits" or "text.logits" by keys."""
     if isinstance(returned, Tensor):
-        return [returned]
-    parts = list(returned.values()) if isinstance(returned, Mapping) else returned
-    return [tensor for part in parts for tensor in tensors_in(part)] if isinstance(parts, list | tuple) else []
+        return [(name or "output", returned)]
+    parts: list[tuple[str, Any]] = []
+    if isinstance(returned, Mapping):
+        parts = [(f"{name}.{key}" if name else str(key), part) for key, part in returned.items()]
+    elif isinstance(returned, list | tuple):
+        parts = [(f"{name or 'output'}{number or ''}", part) for number, part in enumerate(returned)]
+    return [found for key, part in parts for found in named_tensors_in(part, key)]
 
 
 def floats_in(returned: Any) -> list[Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lrconvert.inputs import Call
-from lrconvert.outputs import shown, shown_rows, token_mask
+from lrconvert.outputs import named_tensors_in, shown, shown_rows, token_mask
 
 MASK = torch.tensor([[True, False, True], [False, False, True]])
 
@@ -34,3 +34,17 @@ def test_masks_of_other_shapes_say_nothing_of_tokens():
     assert token_mask(square, torch.device("cpu")) is None
     assert token_mask(Call((), {}, 2), torch.device("cpu")) is None
     assert token_mask(Call((), {"attention_mask": MASK.long()}, 2), torch.device("cpu")).equal(MASK)
+
+
+@pytest.mark.parametrize(
+    ("returned", "names"),
+    [
+        (MASK, ["output"]),
+        ((MASK, MASK), ["output", "output1"]),
+        ({"logits": MASK, "states": (MASK, MASK)}, ["logits", "states", "states1"]),
+        ({"text": {"logits": MASK}, "image": {"logits": MASK}, "cache": object()}, ["text.logits", "image.logits"]),
+        ((MASK, [MASK, {"a": MASK}]), ["output", "output1", "output11.a"]),
+    ],
+)
+def test_names_of_what_is_returned(returned, names):
+    assert [name for name, _ in named_tensors_in(returned)] == names

@@ -12,7 +12,7 @@ from lrconvert.api.common import header_for, resolve_device
 from lrconvert.checkpoints import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.errors import ModelError, UnknownNameError, UsageError, VerificationError
-from lrconvert.exporters import GRAPHS
+from lrconvert.exporters import GRAPHS, write_model
 from lrconvert.factorization import changing_form, merging
 from lrconvert.inputs import shape_of
 from lrconvert.loading import load
@@ -95,7 +95,7 @@ def _export_graph(
     header = header_for(network, checkpoint.header.plan if checkpoint.header else None)
     as_graph = network.architecture.as_graph if network.architecture else nullcontext
     with atomic_path(path, overwrite) as temporary, as_graph(loaded):
-        checked = GRAPHS[format](loaded, network.inputs, temporary, header, tolerance)
+        checked, note = write_model(format, loaded, network.inputs, temporary, header, tolerance)
         nbytes = temporary.stat().st_size
     return ExportRecord(
         source=str(checkpoint.path),
@@ -104,8 +104,10 @@ def _export_graph(
         nbytes=nbytes,
         checked_with=checked.runner,
         batch_sizes=checked.batch_sizes,
+        lengths=checked.lengths,
         difference=checked.difference,
         opset=checked.opset,
+        notes=() if note is None else (note,),
     )
 
 

@@ -171,3 +171,7 @@ def _refuse_special(path: Path, key: str, tensor: Tensor) -> None:
         raise CheckpointError(
             f"{path}: '{key}' is sparse; only plain tensors can be factorized: save it with .to_dense()"
         )
+    if tensor.is_meta:
+        raise CheckpointError(
+            f"{path}: '{key}' has no values, it was saved from the meta device: save the model with its weights loaded"
+        )

@@ -1,4 +1,4 @@
-"""torch.export archives (.pt2), with a dynamic batch, loaded again and run before they are kept."""
+"""torch.export archives (.pt2), with a dynamic batch and open lengths, loaded again and run before they are kept."""
 
 import warnings
 from pathlib import Path
@@ -8,19 +8,19 @@ from torch import Tensor, nn
 
 from lrconvert.checkpoints import KEY, Header
 from lrconvert.errors import ModelError
-from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against, reason_of
-from lrconvert.inputs import Inputs, dynamic_shapes, examples
+from lrconvert.exporters.check import BATCH_SIZES, Checked, check_against, lengths_checked, reason_of
+from lrconvert.inputs import Inputs, examples, open_dimensions
 from lrconvert.outputs import tensors_in
 
 
 def write_pt2(model: nn.Module, inputs: Inputs, path: Path, header: Header, tolerance: float) -> Checked:
-    """Export `model` with a dynamic batch to `path`, the header among the archive's extra files.
+    """Export `model` with a dynamic batch and the lengths that `inputs` leave open to `path`.
 
     Args:
         model: in eval mode, on the CPU.
         inputs: what it is called with.
-        path: does not exist yet.
-        header: stored as the extra file "lrconvert".
+        path: of a new file.
+        header: stored among the archive's extra files, as "lrconvert".
         tolerance: largest relative difference allowed.
 
     Raises:
@@ -28,7 +28,8 @@ def write_pt2(model: nn.Module, inputs: Inputs, path: Path, header: Header, tole
         VerificationError: the archive computes something else than the model.
     """
     arguments, named = examples(inputs, 2, next(model.parameters()).dtype)
-    shapes = dynamic_shapes(inputs, torch.export.Dim("batch"))
+    # Torch finds the range of a length itself: a table of positions sets a limit.
+    shapes = open_dimensions(inputs, lambda name: torch.export.Dim(name) if name == "batch" else torch.export.Dim.AUTO)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -43,4 +44,4 @@ def write_pt2(model: nn.Module, inputs: Inputs, path: Path, header: Header, tole
             return tensors_in(loaded(*arguments, **named))
 
     difference = check_against(model, run, inputs, tolerance, path)
-    return Checked(f"torch {torch.__version__}", BATCH_SIZES, difference)
+    return Checked(f"torch {torch.__version__}", BATCH_SIZES, lengths_checked(inputs), difference)

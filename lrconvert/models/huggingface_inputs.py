@@ -21,7 +21,8 @@ def inputs_of(kind: Any, config: Any) -> Inputs | None:
     if main == "input_features":
         return _spectrogram(kind, config)
     if main == "input_values":
-        return (Input(_sound(config), "input_values"),)
+        sound = _sound(config)
+        return (Input(sound, "input_values", length="samples" if len(sound) == 1 else None),)
     return _tokens(kind, text or config) if main == "input_ids" else None
 
 
@@ -36,7 +37,7 @@ def _tokens(kind: Any, config: Any) -> Inputs | None:
     if vocabulary is None:
         return None
     length = _length(config)
-    ids = (_ids("input_ids", vocabulary, length), Input((length,), "attention_mask", "mask"))
+    ids = (_ids("input_ids", vocabulary, length), Input((length,), "attention_mask", "mask", length="tokens"))
     if getattr(config, "is_encoder_decoder", False) and not kind.__name__.endswith("EncoderModel"):
         return (*ids, _ids("decoder_input_ids", vocabulary, length))
     return ids
@@ -68,7 +69,7 @@ def _spectrogram(kind: Any, config: Any) -> Inputs | None:
     vocabulary = _vocabulary(config)
     width = getattr(config, "feature_projection_input_dim", None)
     if isinstance(width, int):  # Wav2Vec2-BERT's: frames, each of several bins
-        return (Input((TOKENS, width), "input_features"),)
+        return (Input((TOKENS, width), "input_features", length="frames"),)
     if bins is None or positions is None or vocabulary is None:
         return None
     features = Input((int(bins), 2 * int(positions)), "input_features")
@@ -79,7 +80,7 @@ def _spectrogram(kind: Any, config: Any) -> Inputs | None:
 
 
 def _ids(name: str, vocabulary: int, length: int) -> Input:
-    return Input((length,), name, "index", high=vocabulary)
+    return Input((length,), name, "index", high=vocabulary, length=name.replace("input_ids", "tokens"))
 
 
 def _vocabulary(config: Any) -> int | None:

@@ -27,6 +27,8 @@ from lrconvert.tensors import TensorRef
 
 # Beside the header, the names of the factors by weight: they are what the header's plan cannot know.
 FACTORS_KEY = "lrconvert.factors"
+# Sizes of open dimensions by name, which an exporter took for its examples: MACs and times are of these.
+LENGTHS_KEY = "lrconvert.lengths"
 # Gemm without a bias, which the first of two needs, came with opset 11.
 OLDEST_OPSET = 11
 
@@ -76,6 +78,15 @@ class Graph:
     def metadata(self) -> dict[str, str]:
         """What is noted in the file."""
         return {entry.key: entry.value for entry in self.model.metadata_props}
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Sizes to try for open dimensions, by name, where the file says any."""
+        try:
+            noted = dict(json.loads(self.metadata.get(LENGTHS_KEY, "{}")))
+        except (TypeError, ValueError):
+            return {}
+        return {name: size for name, size in noted.items() if isinstance(size, int) and size > 0}
 
     @property
     def files(self) -> tuple[Path, ...]:

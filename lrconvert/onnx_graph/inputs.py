@@ -125,7 +125,7 @@ def make_up(
 
     Args:
         graph: whose inputs.
-        sizes: for the open dimensions.
+        sizes: for the open dimensions that neither `input_shape` nor the file says.
         numbers: values of integer inputs; others are 0 or 1.
         scale: standard deviation of real numbers.
         input_shape: without the batch, of the first input of real numbers that is open and has as many dimensions, or
@@ -136,10 +136,10 @@ def make_up(
     """
     generator = np.random.default_rng(0)
     inputs = inputs_of(graph)
-    symbols: dict[str, int] = {}
+    symbols = graph.lengths
     shaped = _shaped(inputs, input_shape) if input_shape else None
     if shaped is not None and input_shape:
-        symbols = {dim.dim_param: size for dim, size in zip(_dims(shaped)[1:], input_shape, strict=False)}
+        symbols |= {dim.dim_param: size for dim, size in zip(_dims(shaped)[1:], input_shape, strict=False)}
     feed: Feed = {}
     for given in inputs:
         kind = given.type.tensor_type.elem_type

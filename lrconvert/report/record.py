@@ -182,8 +182,10 @@ class ExportRecord(Record):
         nbytes: size on disk, measured.
         checked_with: what ran the exported model, or read the file back.
         batch_sizes: batch sizes it was run with.
+        lengths: open dimensions other than the batch, by name, and the sizes it was run with.
         difference: largest ‖got − want‖ / ‖want‖ over outputs and batches; None where nothing was run.
         opset: of an ONNX graph.
+        notes: why a length is fixed.
     """
 
     command: Literal["export"] = "export"
@@ -193,8 +195,10 @@ class ExportRecord(Record):
     nbytes: int
     checked_with: str
     batch_sizes: tuple[int, ...] = ()
+    lengths: dict[str, tuple[int, ...]] = {}
     difference: float | None = None
     opset: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 class LayerDifference(BaseModel):

@@ -144,11 +144,15 @@ def _export(record: records.ExportRecord, console: Console, wide: bool, verbose:
         console.print(f"checked: {record.checked_with}")
         return
     batches = " and ".join(str(size) for size in record.batch_sizes)
+    lengths = "".join(
+        f", {' and '.join(map(str, sizes))} {name.replace('_', ' ')}" for name, sizes in record.lengths.items()
+    )
     opset = f", opset {record.opset}" if record.opset else ""
     console.print(
-        f"checked: {record.checked_with}, batches of {batches}, largest relative difference "
+        f"checked: {record.checked_with}, batches of {batches}{lengths}, largest relative difference "
         f"{record.difference:.1e}{opset}"
     )
+    print_notes(console, record.notes)
 
 
 def _compare(record: records.CompareRecord, console: Console, wide: bool, verbose: bool) -> None:

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from helpers import assert_close
@@ -101,12 +103,36 @@ def test_onnx_is_equal_to_the_network(network, tmp_path):
     record = lrconvert.export(folder / "small", tmp_path / "small.onnx", "onnx")
     assert record.batch_sizes == (1, 3)
     assert record.difference < 1e-4
+    assert record.notes == ()
+    open_inputs = [each for each in find_architecture(f"hf/{folder}/dense").inputs if each.length]
+    assert open_inputs
+    given = onnx.load(tmp_path / "small.onnx").graph.input
+    shapes = {each.name: [dim.dim_param or dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in given}
+    for each in open_inputs:
+        assert record.lengths[each.length][0] == each.shape[0] > record.lengths[each.length][1]
+        assert shapes[each.name] == ["batch", each.length]
 
 
 def test_pt2_is_equal_to_the_network(network, tmp_path):
     name, folder, _ = network
     if name in ("bert", "gpt2", "t5"):  # one of each sort: a second or more each
-        assert lrconvert.export(folder / "small", tmp_path / "small.pt2", "pt2").difference < 1e-5
+        record = lrconvert.export(folder / "small", tmp_path / "small.pt2", "pt2")
+        assert record.difference < 1e-5
+        assert record.notes == ()
+        assert len(record.lengths) == (2 if name == "t5" else 1)
+
+
+@pytest.mark.parametrize(("length", "hidden"), [(1, 0), (9, 4), (30, 29)])
+def test_a_graph_takes_texts_of_any_length(tmp_path, length, hidden):
+    networks.build("bert").save_pretrained(tmp_path / "dense")
+    lrconvert.export(tmp_path / "dense", tmp_path / "dense.onnx", "onnx")
+    ids, mask = torch.randint(99, (2, length)), torch.ones(2, length, dtype=torch.long)
+    mask[1, length - hidden :] = 0
+    model, session = lrconvert.load(tmp_path / "dense"), onnxruntime.InferenceSession(tmp_path / "dense.onnx")
+    with torch.no_grad():
+        want = model(input_ids=ids, attention_mask=mask).logits
+    (got,) = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    assert_close(torch.from_numpy(got), want, 1e-5)
 
 
 def test_one_file_holds_its_configuration(tmp_path):

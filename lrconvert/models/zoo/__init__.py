@@ -14,9 +14,15 @@ from lrconvert.models.zoo import digits_cnn, lstm_lm, resnet18_cifar, transforme
 # Name to class and what it is called with; indices are below the default size of the vocabulary.
 ZOO: dict[str, tuple[Callable[..., nn.Module], Inputs]] = {
     "digits_cnn": (digits_cnn.DigitsCNN, (Input(digits_cnn.INPUT_SHAPE),)),
-    "lstm_lm": (lstm_lm.LSTMLanguageModel, (Input((35,), kind="index", high=33_278, batch_dim=1),)),
+    "lstm_lm": (
+        lstm_lm.LSTMLanguageModel,
+        (Input((35,), kind="index", high=33_278, batch_dim=1, length="steps"),),
+    ),
     "resnet18_cifar": (resnet18_cifar.ResNet18Cifar, (Input(resnet18_cifar.INPUT_SHAPE),)),
-    "transformer": (transformer.Transformer, (Input((32,), kind="index", high=9521),) * 2),
+    "transformer": (
+        transformer.Transformer,
+        tuple(Input((32,), kind="index", high=9521, length=f"{side}_tokens") for side in ("source", "target")),
+    ),
     "vgg19_bn_cifar": (vgg19_bn_cifar.VGG19Cifar, (Input(vgg19_bn_cifar.INPUT_SHAPE),)),
 }
 
