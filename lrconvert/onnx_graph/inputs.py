@@ -63,31 +63,51 @@ def sizes_to_try(graph: Graph) -> Iterator[Sizes]:
 
 def choices_of(graph: Graph) -> Iterator[dict[str, int]]:
     """Values for integer inputs that are compared with constants: one choice for each constant, and one for none."""
-    constants = {value.name: value.tensor for value in graph.scopes.values if value.tensor is not None}
-    produced = produced_by(graph.scopes)
+    constants = _constants(graph)
     choices: dict[str, list[int]] = {}
-    for value in graph.scopes.values:
-        if value.graph is not graph.model.graph or value.node is not None or value.tensor is not None:
-            continue
-        for node in _comparisons(value, produced):
-            for tensor in (constants.get(name) for name in node.input):
-                if tensor is not None and tensor.data_type in _INTEGERS and sum(tensor.dims) <= 1:
-                    raw = np.frombuffer(tensor.raw_data, _INTEGERS[tensor.data_type])
-                    numbers = [*raw, *tensor.int64_data, *tensor.int32_data]
-                    choices.setdefault(value.name, []).extend(int(number) for number in numbers)
+    for name, node, _ in _readers_of_inputs(graph):
+        for tensor in (constants.get(each) for each in node.input if node.op_type in _COMPARING):
+            if tensor is not None and tensor.data_type in _INTEGERS and sum(tensor.dims) <= 1:
+                raw = np.frombuffer(tensor.raw_data, _INTEGERS[tensor.data_type])
+                numbers = [*raw, *tensor.int64_data, *tensor.int32_data]
+                choices.setdefault(name, []).extend(int(number) for number in numbers)
     for index in range(max((len(each) for each in choices.values()), default=0)):
         yield {name: each[index % len(each)] for name, each in choices.items()}
     yield {}
 
 
-def _comparisons(value: Value, produced: dict[int, list[Value]]) -> Iterator[NodeProto]:
-    """Nodes that compare `value`, perhaps after it was given another shape or type."""
+def _vocabularies(graph: Graph) -> dict[str, int]:
+    """Rows of the table that an input is looked up in, by the name of the input; of the smallest table of several."""
+    constants = _constants(graph)
+    found: dict[str, int] = {}
+    for name, node, slot in _readers_of_inputs(graph):
+        table = constants.get(node.input[0]) if node.op_type == "Gather" and slot == 1 else None
+        if table is not None and table.dims:
+            axis = next((int(each.i) for each in node.attribute if each.name == "axis"), 0)
+            found[name] = min(int(table.dims[axis]), found.get(name, int(table.dims[axis])))
+    return found
+
+
+def _constants(graph: Graph) -> dict[str, TensorProto]:
+    return {value.name: value.tensor for value in graph.scopes.values if value.tensor is not None}
+
+
+def _readers_of_inputs(graph: Graph) -> Iterator[tuple[str, NodeProto, int]]:
+    """The name of an input, a node that reads it, perhaps after it was given another shape or type, and where."""
+    produced = produced_by(graph.scopes)
+    for value in graph.scopes.values:
+        if value.graph is graph.model.graph and value.node is None and value.tensor is None:
+            for node, slot in _readers(value, produced):
+                yield value.name, node, slot
+
+
+def _readers(value: Value, produced: dict[int, list[Value]]) -> Iterator[tuple[NodeProto, int]]:
     for use in value.uses:
-        if use.node is not None and use.op in _COMPARING:
-            yield use.node
-        elif use.node is not None and use.op in _RESHAPING and use.slot == 0:
+        if use.node is not None and use.op in _RESHAPING and use.slot == 0:
             for output in produced.get(id(use.node), []):
-                yield from _comparisons(output, produced)
+                yield from _readers(output, produced)
+        elif use.node is not None:
+            yield use.node, use.slot
 
 
 def one_example(graph: Graph, input_shape: tuple[int, ...] | None, batch: int = 1) -> Iterator[Feed]:
@@ -126,7 +146,7 @@ def make_up(
     Args:
         graph: whose inputs.
         sizes: for the open dimensions that neither `input_shape` nor the file says.
-        numbers: values of integer inputs; others are 0 or 1.
+        numbers: values of integer inputs; others are rows of the table that they are looked up in, or 0 and 1.
         scale: standard deviation of real numbers.
         input_shape: without the batch, of the first input of real numbers that is open and has as many dimensions, or
             else of the first one of whole numbers.
@@ -136,7 +156,7 @@ def make_up(
     """
     generator = np.random.default_rng(0)
     inputs = inputs_of(graph)
-    symbols = graph.lengths
+    rows, symbols = _vocabularies(graph), graph.lengths
     shaped = _shaped(inputs, input_shape) if input_shape else None
     if shaped is not None and input_shape:
         symbols |= {dim.dim_param: size for dim, size in zip(_dims(shaped)[1:], input_shape, strict=False)}
@@ -152,7 +172,7 @@ def make_up(
             feed[given.name] = (scale * generator.standard_normal(shape)).astype(_FLOATS[kind])
         elif kind in _INTEGERS:
             low = 1 if "mask" in given.name.lower() else 0
-            array = generator.integers(low, 2, shape).astype(_INTEGERS[kind])
+            array = generator.integers(low, max(rows.get(given.name, 2), low + 1), shape).astype(_INTEGERS[kind])
             feed[given.name] = np.full_like(array, numbers[given.name]) if given.name in numbers else array
         elif kind == TensorProto.BOOL:
             feed[given.name] = np.ones(shape, bool)

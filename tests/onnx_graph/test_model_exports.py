@@ -6,7 +6,10 @@ import torch
 from hf_networks import NETWORKS, build
 
 import lrconvert
+from lrconvert.errors import UsageError
 from lrconvert.network import open_network
+from lrconvert.onnx_graph.graph import Graph
+from lrconvert.onnx_graph.inputs import one_example
 
 TIMM = {
     "vit_tiny_patch16_224": {"depth": 2, "img_size": 64},
@@ -57,3 +60,25 @@ def test_timm_networks(tmp_path, name):
     assert record.difference is not None
     assert record.difference <= 1e-4
     assert record.num_params_after < record.num_params_before
+
+
+def test_a_dense_export_and_its_factorized_graph_are_compared(tmp_path):
+    """The header names an architecture, which is that of the module, not needed for the graph."""
+    build("bert").save_pretrained(tmp_path / "dense")
+    lrconvert.export(tmp_path / "dense", tmp_path / "dense.onnx", "onnx")
+    factorized_as_a_graph(tmp_path)
+    record = lrconvert.compare(tmp_path / "dense.onnx", tmp_path / "small.onnx")
+    assert record.output_difference > 1e-3
+    assert record.second.macs < record.first.macs
+    beside = lrconvert.compare(tmp_path / "dense", tmp_path / "small.onnx")
+    assert (beside.first.model, beside.second.model) == ("hf/BertForSequenceClassification", None)
+    with pytest.raises(UsageError, match="needs no model"):
+        lrconvert.compare(tmp_path / "dense.onnx", tmp_path / "small.onnx", model="hf/BertModel")
+
+
+def test_ids_are_drawn_from_the_whole_table(tmp_path):
+    build("bert").save_pretrained(tmp_path / "dense")
+    lrconvert.export(tmp_path / "dense", tmp_path / "dense.onnx", "onnx")
+    (feed, *_) = one_example(Graph(tmp_path / "dense.onnx"), None, batch=4)
+    assert 80 < feed["input_ids"].max() < 99
+    assert feed["attention_mask"].min() == 1
