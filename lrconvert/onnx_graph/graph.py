@@ -204,7 +204,11 @@ class Graph:
         names, steps = self.factor_names(), []
         for layer in plan.low_rank:
             if layer.weight not in names:
-                raise PlanError(f"{self.path}: the names of the factors of {layer.name} are not noted in it")
+                raise PlanError(
+                    f"{self.path}: the graph does not say which of its nodes are factors of {layer.name}; if it was "
+                    "exported from a factorized model, multiply that out (lrconvert export MODEL --format dense) and "
+                    "export it again"
+                )
             name, shape = put_dense(edit, layer, names[layer.weight])
             steps.append(self._multiplying(layer, names[layer.weight], name, shape))
         edit.apply()

@@ -6,7 +6,7 @@ import torch
 from hf_networks import NETWORKS, build
 
 import lrconvert
-from lrconvert.errors import UsageError
+from lrconvert.errors import PlanError, UsageError
 from lrconvert.network import open_network
 from lrconvert.onnx_graph.graph import Graph
 from lrconvert.onnx_graph.inputs import one_example
@@ -82,3 +82,12 @@ def test_ids_are_drawn_from_the_whole_table(tmp_path):
     (feed, *_) = one_example(Graph(tmp_path / "dense.onnx"), None, batch=4)
     assert 80 < feed["input_ids"].max() < 99
     assert feed["attention_mask"].min() == 1
+
+
+def test_a_graph_exported_from_a_factorized_model_is_not_multiplied_out(tmp_path):
+    build("bert").save_pretrained(tmp_path / "dense")
+    lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.25", output=tmp_path / "small")
+    lrconvert.export(tmp_path / "small", tmp_path / "small.onnx", "onnx")
+    with pytest.raises(PlanError, match="exported from a factorized model, multiply that out"):
+        lrconvert.export(tmp_path / "small.onnx", tmp_path / "merged.onnx", "dense")
+    assert not (tmp_path / "merged.onnx").exists()
