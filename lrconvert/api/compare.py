@@ -40,13 +40,14 @@ def compare(
         CheckpointError: a file cannot be read, or the two have no weight in common.
     """
     files = open_checkpoint(first), open_checkpoint(second)
+    # A file that lrconvert made from the other one may say what holds for both.
+    headers = [file.header for file in files if file.header]
+    input_shape = input_shape or next((each.input_shape for each in headers if each.input_shape), None)
     modules = [file for file in files if file.graph is None]
     if model is None and modules:
-        # A file that lrconvert made from the other one may name the architecture for both.
-        named = [file.header for file in files if file.header and file.header.model]
+        named = [each for each in headers if each.model]
         if named and ".py:" not in str(named[0].model):
             model, model_args = named[0].model, named[0].model_args
-            input_shape = input_shape or named[0].input_shape
     # A graph beside a module needs no model, but where there are only graphs, nothing does.
     models = [(model, model_args) if file in modules or not modules else (None, None) for file in files]
     networks = [open_network(file, *of, input_shape) for file, of in zip(files, models, strict=True)]

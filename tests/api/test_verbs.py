@@ -198,3 +198,18 @@ def test_compare_measures_outputs_and_latency(tmp_path):
     assert record.second.macs < record.first.macs
     assert record.latency_note is not None
     assert record.latency_note.startswith("CPU")
+
+
+def test_compare_takes_the_input_shape_from_either_file(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3))
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3))\n"
+    )
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    settings = {"model": f"{tmp_path}/net.py:make", "keep_last": False}
+    lrconvert.factorize(
+        tmp_path / "dense.pt", "rank=8", output=tmp_path / "small.pt", input_shape=(3, 16, 16), **settings
+    )
+    record = lrconvert.compare(tmp_path / "dense.pt", tmp_path / "small.pt", model=settings["model"])
+    assert record.first.macs == 32 * 27 * 14 * 14 + 32 * 32 * 9 * 12 * 12
+    assert 0 < record.output_difference < 1
