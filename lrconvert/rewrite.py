@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrconvert.errors import ModelError
 from lrconvert.parallel import map_layers
-from lrconvert.tensors import TensorRef
+from lrconvert.tensors import TensorRef, converted, converted_dtype
 
 CPU = torch.device("cpu")
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -66,6 +66,20 @@ def overruled(steps: Sequence[Rewrite], values: Mapping[str, Tensor]) -> list[Re
         return replace(step, make=make, alias_of=alias_of)
 
     return [overruling(step) for step in steps]
+
+
+def converting(steps: Sequence[Rewrite], dtype: torch.dtype) -> list[Rewrite]:
+    """`steps` whose floating-point tensors end in `dtype`, see `lrconvert.tensors.converted`."""
+
+    def in_dtype(step: Rewrite) -> Rewrite:
+        outputs = {key: (shape, converted_dtype(before, dtype)) for key, (shape, before) in step.outputs.items()}
+
+        def make() -> dict[str, Tensor]:
+            return {key: converted(tensor, dtype, key) for key, tensor in step.make().items()}
+
+        return replace(step, outputs=outputs, make=make)
+
+    return [in_dtype(step) for step in steps]
 
 
 def layout_of(steps: Sequence[Rewrite]) -> Layout:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lrconvert.errors import WeightError
+
 # Running statistics and counters: state, but not parameters.
 _BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "relative_position_index")
 
@@ -53,6 +55,24 @@ def refs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorRef]:
             None if alias == key else alias,
         )
     return refs
+
+
+def converted_dtype(before: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of the dtype `before` is converted to: floating-point numbers of 8 bits have scales, and stay."""
+    return dtype if before.is_floating_point and before.itemsize > 1 else before
+
+
+def converted(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """`tensor` in `converted_dtype`.
+
+    Raises:
+        WeightError: a number is finite, but too large for `dtype`; `key` is named in the message.
+    """
+    found = tensor.to(converted_dtype(tensor.dtype, dtype))
+    if found.dtype != tensor.dtype and bool((found.isfinite() != tensor.isfinite()).any()):
+        largest = float(tensor[tensor.isfinite()].abs().max())
+        raise WeightError(f"{key}: {largest:.3g} is too large for {str(dtype).removeprefix('torch.')}; use bfloat16")
+    return found
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor], assign: bool = False) -> None:

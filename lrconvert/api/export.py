@@ -20,7 +20,7 @@ from lrconvert.network import Network, open_network
 from lrconvert.plan import LayerPlan, Plan
 from lrconvert.report.record import ExportRecord
 from lrconvert.rewrite import layout_of, moving
-from lrconvert.tensors import shapes_of
+from lrconvert.tensors import converted, shapes_of
 from lrconvert.views import can_pivot
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TENSORS = ("safetensors", "dense", "pivoted", "plain")
 FORMATS = (*GRAPHS, *TENSORS)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 TOLERANCE = 1e-4
 
 
@@ -39,6 +40,7 @@ def export(
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
+    dtype: str | None = None,
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
     device: str = "auto",
@@ -53,6 +55,7 @@ def export(
             `output` says: "dense", the factors multiplied out; "pivoted", the same products from fewer numbers, to run
             and not to train (see `lrconvert.layers.pivots`); "plain", pivoted factors as plain ones, to train again.
         model, model_args, input_shape: the architecture, where the file does not name it; graphs need it.
+        dtype: "float32", "float16" or "bfloat16", for all floating-point weights; as they are if None.
         tolerance: largest relative difference between a graph's outputs and the model's, or of a layer's in another
             form, where rounding does not cause more.
         overwrite: replace an existing output.
@@ -61,10 +64,14 @@ def export(
 
     Raises:
         ModelError: a graph was asked for and the architecture or its input shape is not known.
+        WeightError: a weight is too large for `dtype`.
         VerificationError: the graph computes something else than the model, or a layer than before; nothing is written.
     """
     if format not in FORMATS:
         raise UnknownNameError("export format", format, FORMATS)
+    if dtype is not None and dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    wanted = DTYPES[dtype] if dtype is not None else None
     path = Path(output)
     check_writable(path, overwrite)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -72,9 +79,13 @@ def export(
         raise UsageError(
             f"{checkpoint.path} is a graph already: it is exported as dense only, with its factors multiplied out"
         )
+    if checkpoint.graph is not None and wanted is not None:
+        raise UsageError(
+            f"{checkpoint.path} is a graph, whose numbers are not converted: export the model that it came from"
+        )
     if format in GRAPHS:
-        return _export_graph(checkpoint, path, format, model, model_args, input_shape, tolerance, overwrite)
-    return _export_tensors(checkpoint, path, format, tolerance, overwrite, device, progress)
+        return _export_graph(checkpoint, path, format, model, model_args, input_shape, wanted, tolerance, overwrite)
+    return _export_tensors(checkpoint, path, format, wanted, tolerance, overwrite, device, progress)
 
 
 def _export_graph(
@@ -84,11 +95,16 @@ def _export_graph(
     model: str | None,
     model_args: Mapping[str, Any] | None,
     input_shape: tuple[int, ...] | None,
+    dtype: torch.dtype | None,
     tolerance: float,
     overwrite: bool,
 ) -> ExportRecord:
     # torch's exporter fails on a recurrent layer whose weights are partly parameters with gradients, partly products.
     loaded = load(checkpoint, model, model_args=model_args).requires_grad_(False)
+    if dtype is not None:
+        for key, tensor in loaded.state_dict().items():
+            converted(tensor, dtype, key)
+        loaded = loaded.to(dtype)
     network = open_network(checkpoint, model, model_args, input_shape)
     if network.inputs is None:
         raise ModelError(f"{checkpoint.path}: the shape of its input is not known; add --input-shape 3,224,224")
@@ -115,6 +131,7 @@ def _export_tensors(
     checkpoint: Checkpoint,
     path: Path,
     format: str,
+    dtype: torch.dtype | None,
     tolerance: float,
     overwrite: bool,
     device: str,
@@ -143,6 +160,7 @@ def _export_tensors(
         steps,
         header_for(network, plan),
         checkpoint,
+        dtype=dtype,
         overwrite=overwrite,
         device=where,
         progress=progress("writing", len(steps)) if progress else None,

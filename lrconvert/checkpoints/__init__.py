@@ -19,7 +19,7 @@ from lrconvert.checkpoints.quantized import find_quantized
 from lrconvert.checkpoints.safetensors_file import read_safetensors, write_safetensors
 from lrconvert.checkpoints.torch_file import names_in_zip, read_torch, write_torch
 from lrconvert.errors import CheckpointError, OutputExistsError, UsageError
-from lrconvert.rewrite import CPU, Rewrite, aliases_of, layout_of, run
+from lrconvert.rewrite import CPU, Rewrite, aliases_of, converting, layout_of, run
 
 __all__ = ["KEY", "WRITTEN_BY", "Checkpoint", "Header", "check_output", "fitted", "open_checkpoint", "write_checkpoint"]
 
@@ -133,6 +133,7 @@ def write_checkpoint(
     header: Header | None,
     source: Checkpoint | None = None,
     *,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
     device: torch.device = CPU,
     progress: Callable[[], None] | None = None,
@@ -147,11 +148,14 @@ def write_checkpoint(
         steps: what to write.
         header: stored in every weight file.
         source: the checkpoint that the steps read.
+        dtype: of all floating-point numbers, where they are to be converted.
         overwrite: replace an existing output.
         device: the device that the steps compute on.
         progress: called after each step.
     """
     check_output(path, source, overwrite)
+    if dtype is not None:
+        steps = converting(steps, dtype)
     shared = aliases_of(steps)
     order = list(layout_of(steps))
     if header is not None and shared:
@@ -165,7 +169,7 @@ def write_checkpoint(
             write_torch(temporary, run(steps, device, progress), order, header)
         else:
             assert source is not None
-            _write_folder(temporary, steps, header, source, device, progress)
+            _write_folder(temporary, steps, header, source, dtype, device, progress)
 
 
 def _write_folder(
@@ -173,11 +177,12 @@ def _write_folder(
     steps: Sequence[Rewrite],
     header: Header | None,
     source: Checkpoint,
+    dtype: torch.dtype | None,
     device: torch.device,
     progress: Callable[[], None] | None,
 ) -> None:
     folder.copy_companions(_folder_of(source), path)
-    hf_config.write_config(path, header)
+    hf_config.write_config(path, header, dtype)
     marks = hf_config.marks(path, header)
     file_of = {key: file for file, keys in source.files.items() for key in keys}
     groups = [[step for step in steps if file_of[step.source] == file] for file in source.files]

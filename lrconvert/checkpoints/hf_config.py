@@ -23,6 +23,8 @@ from lrconvert.plan import LayerPlan, Plan
 CONFIG = "config.json"
 METHOD = "lrconvert"
 _ENTRY = "quantization_config"
+# What transformers calls it, and did before.
+_DTYPE = ("dtype", "torch_dtype")
 _KEPT = {"kind", "shape", "rank", "groups"}
 _KEPT_WHERE_SET = {"norm", "view", "pivoted"}
 
@@ -60,18 +62,23 @@ def is_transformers(folder: Path) -> bool:
     return "model_type" in _read(folder)
 
 
-def write_config(folder: Path, header: Header | None) -> None:
-    """Say in the config.json of a folder that is being written how it is factorized, or that it is not any more."""
+def write_config(folder: Path, header: Header | None, dtype: torch.dtype | None = None) -> None:
+    """Say in the config.json of a folder that is being written how it is factorized, or that it is not any more.
+
+    And of what `dtype` its weights are, where they were converted: transformers would load them as what they were.
+    """
     config = _read(folder)
     if "model_type" not in config:
         return
+    if dtype is not None:
+        config = _with_dtype(config, str(dtype).removeprefix("torch."))
     before = config.get(_ENTRY)
     if isinstance(before, dict) and before.get("quant_method") == METHOD:
         del config[_ENTRY]
     if header is not None and header.plan is not None:
         layers = to_config(header.plan)
         config[_ENTRY] = {"quant_method": METHOD, "written_by": header.written_by, "layers": layers}
-    elif _ENTRY not in config and before is None:
+    elif _ENTRY not in config and before is None and dtype is None:
         return
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -98,6 +105,15 @@ def without_marks(checkpoint: Checkpoint) -> Checkpoint:
 def _is_empty(checkpoint: Checkpoint, key: str) -> bool:
     ref = checkpoint.tensors.get(key)
     return ref is not None and not ref.numel
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """`config`, and those of its parts, with another `dtype` where they name one."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") else _with_dtype(value, dtype) for key, value in config.items()
+    }
 
 
 def _read(folder: Path) -> dict[str, Any]:

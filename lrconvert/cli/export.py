@@ -24,6 +24,10 @@ def export(
     model: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, float16 or bfloat16, for all floating-point weights.", metavar="DTYPE"),
+    ] = None,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Largest relative difference from the model's outputs.")
     ] = 1e-4,
@@ -52,6 +56,7 @@ def export(
             model=model,
             model_args=options.parse_model_args(model_arg),
             input_shape=options.parse_shape(input_shape),
+            dtype=dtype,
             tolerance=tolerance,
             overwrite=overwrite,
             device=device,

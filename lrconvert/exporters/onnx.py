@@ -68,8 +68,8 @@ def write_onnx(model: nn.Module, inputs: Inputs, path: Path, header: Header, tol
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ModelError(
-            f"onnxruntime cannot run this graph on the CPU in {dtype}; convert the checkpoint to float32 first "
-            f"({reason_of(error)})"
+            f"onnxruntime cannot run this graph on the CPU in {str(dtype).removeprefix('torch.')}; --dtype float32 or "
+            f"float16 converts it ({reason_of(error)})"
         ) from error
     names = [each.name for each in session.get_inputs()]
 
