@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrconvert.checkpoints import WRITTEN_BY, Checkpoint, Header, fitted, open_checkpoint, write_checkpoint
+from lrconvert.checkpoints import (
+    WRITTEN_BY,
+    Checkpoint,
+    Header,
+    ImagePreparation,
+    fitted,
+    open_checkpoint,
+    write_checkpoint,
+)
 from lrconvert.errors import ModelError, UsageError
 from lrconvert.fit import as_model_has_it, fit, not_loaded
 from lrconvert.hf.mark import mark
@@ -90,6 +98,7 @@ def save(
     architecture: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
+    images: ImagePreparation | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a live model, factorized or not, so that `load` rebuilds it.
@@ -100,6 +109,7 @@ def save(
         architecture: name of the dense architecture ("torchvision/resnet50"), to load the file without a model.
         model_args: its keyword arguments.
         input_shape: shape of one input without the batch, for MACs and exports of what is not built by name alone.
+        images: how images are prepared for it, which `evaluate`, `finetune` and `calibrate` then do.
         overwrite: replace an existing file.
     """
     plan = plan_of(model)
@@ -108,6 +118,7 @@ def save(
         model=architecture,
         model_args=dict(model_args or {}),
         input_shape=input_shape,
+        images=images,
         plan=plan if plan.low_rank else None,
     )
     steps = [moving(key, ref, key) for key, ref in refs_of(model.state_dict()).items()]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lrconvert.checkpoints import Checkpoint, open_checkpoint
+from lrconvert.checkpoints import Checkpoint, ImagePreparation, open_checkpoint
 from lrconvert.checkpoints.quantized import describe
 from lrconvert.cost import Trace, trace
 from lrconvert.errors import CheckpointError, ModelError, PlanError, UsageError
@@ -54,6 +54,11 @@ class Network:
     architecture: Architecture | None = None
     inputs: Inputs | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> ImagePreparation:
+        """How images are to be prepared for it; nothing is set where its file does not say it."""
+        return self.checkpoint.images if self.checkpoint is not None else ImagePreparation()
 
 
 # Kinds of weights that have no singular values to speak of.

@@ -36,7 +36,7 @@ class Validation:
     Attributes:
         name: of the dataset, see `lrconvert.training.data.open_dataset`.
         data_dir: where it lies.
-        network: whose accuracy is measured; it says how large images are to be.
+        network: whose accuracy is measured; it says how images are to be prepared.
     """
 
     name: str
@@ -52,8 +52,10 @@ class Validation:
         """
         shape = shape_of(self.network.inputs)
         any_size = self.name in DATASETS and DATASETS[self.name].size is not None
-        size = shape[1] if any_size and shape is not None and len(shape) == 3 else None
-        return open_dataset(self.name, data_dir=self.data_dir, img_size=size)
+        known = shape[1] if any_size and shape is not None and len(shape) == 3 else None
+        images = self.network.images
+        size = known if images.img_size is None else images.img_size
+        return open_dataset(self.name, data_dir=self.data_dir, img_size=size, mean=images.mean, std=images.std)
 
     def accuracy(self, model: nn.Module) -> float:
         """The share of the validation images that `model` puts into their class.

@@ -12,7 +12,7 @@ import torch
 from lrconvert.checkpoints import folder, hf_config
 from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.checkpoints.checkpoint import Checkpoint
-from lrconvert.checkpoints.header import KEY, WRITTEN_BY, Header
+from lrconvert.checkpoints.header import KEY, WRITTEN_BY, Header, ImagePreparation
 from lrconvert.checkpoints.prefix import fitted, without_wrappers
 from lrconvert.checkpoints.pt2_file import is_pt2, read_pt2
 from lrconvert.checkpoints.quantized import find_quantized
@@ -21,7 +21,17 @@ from lrconvert.checkpoints.torch_file import names_in_zip, read_torch, write_tor
 from lrconvert.errors import CheckpointError, OutputExistsError, UsageError
 from lrconvert.rewrite import CPU, Rewrite, aliases_of, converting, layout_of, run
 
-__all__ = ["KEY", "WRITTEN_BY", "Checkpoint", "Header", "check_output", "fitted", "open_checkpoint", "write_checkpoint"]
+__all__ = [
+    "KEY",
+    "WRITTEN_BY",
+    "Checkpoint",
+    "Header",
+    "ImagePreparation",
+    "check_output",
+    "fitted",
+    "open_checkpoint",
+    "write_checkpoint",
+]
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)

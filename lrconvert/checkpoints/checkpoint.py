@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lrconvert.checkpoints.header import Header
+from lrconvert.checkpoints.header import Header, ImagePreparation
 from lrconvert.checkpoints.quantized import Quantized
 from lrconvert.tensors import TensorRef
 
@@ -52,6 +52,11 @@ class Checkpoint:
     prefix: str = ""
     quantized: dict[str, Quantized] = field(default_factory=dict)
     graph: "Graph | None" = None
+
+    @property
+    def images(self) -> ImagePreparation:
+        """How images are to be prepared for the network; nothing is set where the file does not say it."""
+        return (self.header.images if self.header is not None else None) or ImagePreparation()
 
     @property
     def nbytes(self) -> int:

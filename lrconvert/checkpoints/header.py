@@ -13,6 +13,21 @@ KEY = "lrconvert"
 WRITTEN_BY = f"lrconvert {__version__}"
 
 
+class ImagePreparation(BaseModel):
+    """How images were prepared that a network was trained on.
+
+    Attributes:
+        img_size: height and width that they were brought to; None if they were left as they are.
+        mean, std: that each channel of images from 0 to 1 was normalized by.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    img_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
 class Header(BaseModel):
     """Everything needed to rebuild a model around the tensors of a file.
 
@@ -22,6 +37,7 @@ class Header(BaseModel):
         model: where the architecture comes from ("torchvision/resnet50"), if it was named.
         model_args: keyword arguments of that architecture.
         input_shape: shape of one input without the batch, where it is known.
+        images: how to prepare images for the network, where it was trained on some.
         parameters: parameters of the dense network, to say by how much this one is smaller.
         macs: multiply-accumulates of the dense network for one input, where they were counted.
         shared: key to the key of the tensor that it shares its memory with; such tensors are stored once.
@@ -36,6 +52,7 @@ class Header(BaseModel):
     model: str | None = None
     model_args: dict[str, Any] = {}
     input_shape: tuple[int, ...] | None = None
+    images: ImagePreparation | None = None
     parameters: int | None = None
     macs: int | None = None
     shared: dict[str, str] = {}

@@ -76,7 +76,8 @@ def read_samples(
         skip: examples to pass over first, in the same random order.
         seed: of that order.
         data_dir, download: of a dataset, see `lrconvert.training.data.open_dataset`.
-        img_size, mean, std: of images, likewise; ImageNet and folders get the size that the network is known to take.
+        img_size, mean, std: of images, likewise; None for what the network's file says that it was trained on. Else
+            ImageNet and folders get the size that the network is known to take.
         max_tokens: of a text, which is cut there or where the model's own limit is.
 
     Raises:
@@ -85,7 +86,14 @@ def read_samples(
         LrconvertError: the data cannot be read, or there is none.
     """
     wanted = Wanted(count, batch_size, skip, seed)
-    images = ImageSettings(data_dir, download, img_size, mean, std)
+    usual = network.images
+    images = ImageSettings(
+        data_dir,
+        download,
+        usual.img_size if img_size is None else img_size,
+        usual.mean if mean is None else mean,
+        usual.std if std is None else std,
+    )
     network = _with_own_model(network)
     found = _read(data, network, wanted, images, max_tokens)
     samples = Samples(checked(found.calls, network, data), (found.note,))

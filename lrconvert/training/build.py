@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrconvert.checkpoints import open_checkpoint
+from lrconvert.checkpoints import ImagePreparation, open_checkpoint
 from lrconvert.errors import LrconvertError, ModelError
 from lrconvert.layers.pivoted import refuse_to_train
 from lrconvert.loading import load
@@ -16,7 +16,7 @@ from lrconvert.training.data import Augment, Dataset, open_dataset
 
 
 def dataset_of(recipe: Recipe) -> Dataset:
-    """The recipe's data set, read or downloaded.
+    """The recipe's data set, read or downloaded; prepared as that which its checkpoint was trained on, if it says how.
 
     Raises:
         LrconvertError: it is not there; the message says how it should lie.
@@ -29,13 +29,14 @@ def dataset_of(recipe: Recipe) -> Dataset:
         aa=recipe.aa,
         reprob=recipe.reprob,
     )
+    images = open_checkpoint(recipe.checkpoint).images if recipe.checkpoint is not None else ImagePreparation()
     return open_dataset(
         recipe.dataset,
         data_dir=recipe.data_dir,
         download=recipe.download,
-        img_size=recipe.img_size,
-        mean=recipe.mean,
-        std=recipe.std,
+        img_size=images.img_size if recipe.img_size is None else recipe.img_size,
+        mean=images.mean if recipe.mean is None else recipe.mean,
+        std=images.std if recipe.std is None else recipe.std,
         augment=augment,
         args=recipe.dataset_args,
         validation=recipe.validation,

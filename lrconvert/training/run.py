@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from lrconvert.checkpoints import ImagePreparation
 from lrconvert.errors import LrconvertError, UsageError
 from lrconvert.loading import load, save
 from lrconvert.recipe import Recipe
@@ -153,12 +154,16 @@ class Run:
     def _write_files(self, better: bool) -> None:
         if better:
             model, args = architecture_of(self.recipe)
+            dataset = self.engine.dataset
             save(
                 self.engine.evaluated,
                 self.folder.best,
                 architecture=model,
                 model_args=args,
-                input_shape=self.engine.dataset.input_shape,
+                input_shape=dataset.input_shape,
+                images=ImagePreparation(
+                    img_size=dataset.framing.size, mean=dataset.normalization.mean, std=dataset.normalization.std
+                ),
                 overwrite=True,
             )
         self.folder.write_metrics(self.engine.progress.history)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import lrconvert
+from lrconvert.api.validation import Validation
+from lrconvert.checkpoints import ImagePreparation, open_checkpoint
 from lrconvert.errors import (
     CheckpointError,
     LrconvertError,
@@ -16,8 +18,10 @@ from lrconvert.errors import (
     UsageError,
 )
 from lrconvert.models import find_architecture
+from lrconvert.network import open_network
 from lrconvert.recipe import load_recipe, make_recipe
 from lrconvert.recipes import list_recipes
+from lrconvert.samples import read_samples
 from lrconvert.surgery import plan_of
 from lrconvert.training.events import Listener
 from lrconvert.training.method import make_schedule
@@ -323,3 +327,25 @@ def test_finetuning_with_a_teacher_recovers_accuracy(tmp_path):
     assert record.test_accuracy > before.accuracy
     with pytest.raises(UsageError, match="a recipe says it all"):
         lrconvert.finetune(tmp_path / "x.yaml", tmp_path / "y", dataset="digits")
+
+
+def test_what_images_were_prepared_like_stays_with_the_weights(tmp_path):
+    """Evaluated, calibrated and fine-tuned later, in any form, without being told again."""
+    prepared = {"img_size": 12, "mean": [0.3], "std": [0.4]}
+    record = run(recipe("dense", epochs=1, **prepared), tmp_path / "run")
+    best = tmp_path / "run" / "best.safetensors"
+    assert lrconvert.evaluate(best, "digits").accuracy == record.test_accuracy
+    lrconvert.factorize(best, "rank=4", output=tmp_path / "small.safetensors", keep_first=1)
+    lrconvert.export(tmp_path / "small.safetensors", tmp_path / "merged.safetensors", "dense")
+    for path in (best, tmp_path / "small.safetensors", tmp_path / "merged.safetensors"):
+        found = lrconvert.evaluate(path, "digits").loss
+        assert found == lrconvert.evaluate(path, "digits", **prepared).loss
+        assert found != lrconvert.evaluate(path, "digits", mean=[0.0]).loss
+        samples = read_samples("digits", open_network(path), count=8)
+        pixels = samples.calls[0].args[0]
+        assert pixels.shape == (8, 1, 12, 12)
+        assert pixels.min() == pytest.approx((0 - 0.3) / 0.4)
+    lrconvert.finetune(best, tmp_path / "tuned", dataset="digits", epochs=1)
+    images = open_checkpoint(tmp_path / "tuned" / "best.safetensors").images
+    assert images == ImagePreparation(img_size=12, mean=(0.3,), std=(0.4,))
+    assert Validation("digits", "data", open_network(best)).dataset.input_shape == (1, 12, 12)

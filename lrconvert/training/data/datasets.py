@@ -62,6 +62,7 @@ class Dataset:
         test: to report on once, at the end; None where there is none.
         num_classes: labels are 0 … num_classes − 1.
         input_shape: (C, H, W) of the images that loaders give.
+        framing, normalization: how images got this size, and their values.
         notes: how many images there are, and where validation and test come from, in words.
     """
 
@@ -71,6 +72,8 @@ class Dataset:
     test: Source | None
     num_classes: int
     input_shape: tuple[int, int, int]
+    framing: Framing
+    normalization: Normalization
     notes: tuple[str, ...]
 
 
@@ -169,7 +172,7 @@ def open_images(
     kind = DATASETS["folder"]
     framing = Framing(kind.size if img_size is None else img_size, crop=True)
     images = folders.loose_images(Path(folder))
-    source, _ = _preparation(images, kind, framing, mean, std)
+    source, _, _ = _preparation(images, kind, framing, mean, std)
     return source(images, Augment())
 
 
@@ -185,7 +188,7 @@ def _dataset(
     seed: int,
 ) -> Dataset:
     train, held_out, notes = _split(splits, share, seed)
-    source, shape = _preparation(train, kind, framing, mean, std)
+    source, shape, normalization = _preparation(train, kind, framing, mean, std)
     return Dataset(
         name,
         source(train, augment or Augment()),
@@ -193,21 +196,23 @@ def _dataset(
         None if splits.test is None else source(splits.test, Augment()),
         splits.num_classes,
         shape,
+        framing,
+        normalization,
         notes,
     )
 
 
 def _preparation(
     images: Images, kind: Kind, framing: Framing, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[Callable[[Images, Augment], Source], tuple[int, int, int]]:
-    """What makes a source of images like `images`, and the (C, H, W) that it gives them."""
+) -> tuple[Callable[[Images, Augment], Source], tuple[int, int, int], Normalization]:
+    """What makes a source of images like `images`, the (C, H, W) that it gives them, and how it normalizes them."""
     channels, height, width = _shape(images, framing)
     normalization = Normalization(
         _per_channel("mean", kind.mean if mean is None else mean, channels),
         _per_channel("std", kind.std if std is None else std, channels),
     )
     source = partial(_source, framing=framing, normalization=normalization, size=(height, width))
-    return source, (channels, height, width)
+    return source, (channels, height, width), normalization
 
 
 def _split(splits: Splits, share: float, seed: int) -> tuple[Images, Images, tuple[str, ...]]:
