@@ -11,7 +11,6 @@ from lrconvert.checkpoints import (
     WRITTEN_BY,
     Checkpoint,
     Header,
-    ImagePreparation,
     fitted,
     open_checkpoint,
     write_checkpoint,
@@ -19,6 +18,7 @@ from lrconvert.checkpoints import (
 from lrconvert.errors import ModelError, UsageError
 from lrconvert.fit import as_model_has_it, fit, not_loaded
 from lrconvert.hf.mark import mark
+from lrconvert.images import ImagePreparation
 from lrconvert.layers.pivoted import check_orders
 from lrconvert.layers.survey import tied_names
 from lrconvert.models import Architecture

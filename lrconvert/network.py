@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lrconvert.checkpoints import Checkpoint, ImagePreparation, open_checkpoint
+from lrconvert.checkpoints import Checkpoint, open_checkpoint
 from lrconvert.checkpoints.quantized import describe
 from lrconvert.cost import Trace, trace
 from lrconvert.errors import CheckpointError, ModelError, PlanError, UsageError
 from lrconvert.fit import as_model_has_it, fit
+from lrconvert.images import ImagePreparation
 from lrconvert.inputs import Inputs, one_input
 from lrconvert.layers import EXPERT_KINDS, LAYOUTS, Layer
 from lrconvert.layers.survey import layers_of_module, layers_of_tensors
@@ -166,7 +167,7 @@ def _from_architecture(
 
 
 def own_architecture(checkpoint: Checkpoint) -> Architecture | None:
-    """The architecture that the config.json of a Hugging Face folder describes, where transformers knows it."""
+    """The architecture that a folder's config.json describes, where transformers or timm knows it."""
     return architecture_in(checkpoint.path) if checkpoint.format == "folder" and checkpoint.path.is_dir() else None
 
 

@@ -4,6 +4,7 @@ import torch
 
 from lrconvert.checkpoints import WRITTEN_BY, Header
 from lrconvert.errors import UsageError
+from lrconvert.images import ImagePreparation
 from lrconvert.inputs import shape_of
 from lrconvert.network import Network
 from lrconvert.plan import Plan
@@ -35,7 +36,7 @@ def header_for(network: Network, plan: Plan | None, notes: tuple[str, ...] = ())
         model=architecture.name if architecture else before.model if before else None,
         model_args=dict(architecture.args) if architecture else before.model_args if before else {},
         input_shape=shape_of(network.inputs) or (before.input_shape if before else None),
-        images=before.images if before else None,
+        images=network.images if network.images != ImagePreparation() else None,
         parameters=(before.parameters if before else None) or network.num_params,
         macs=(before.macs if before else None) or (network.trace.macs if network.trace else None),
         plan=plan,

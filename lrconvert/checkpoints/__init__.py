@@ -12,7 +12,7 @@ import torch
 from lrconvert.checkpoints import folder, hf_config
 from lrconvert.checkpoints.atomic import atomic_path, check_writable
 from lrconvert.checkpoints.checkpoint import Checkpoint
-from lrconvert.checkpoints.header import KEY, WRITTEN_BY, Header, ImagePreparation
+from lrconvert.checkpoints.header import KEY, WRITTEN_BY, Header
 from lrconvert.checkpoints.prefix import fitted, without_wrappers
 from lrconvert.checkpoints.pt2_file import is_pt2, read_pt2
 from lrconvert.checkpoints.quantized import find_quantized
@@ -26,7 +26,6 @@ __all__ = [
     "WRITTEN_BY",
     "Checkpoint",
     "Header",
-    "ImagePreparation",
     "check_output",
     "fitted",
     "open_checkpoint",

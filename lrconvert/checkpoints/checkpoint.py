@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lrconvert.checkpoints.header import Header, ImagePreparation
+from lrconvert.checkpoints.header import Header
 from lrconvert.checkpoints.quantized import Quantized
+from lrconvert.images import ImagePreparation, images_in
 from lrconvert.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ class Checkpoint:
 
     @property
     def images(self) -> ImagePreparation:
-        """How images are to be prepared for the network; nothing is set where the file does not say it."""
-        return (self.header.images if self.header is not None else None) or ImagePreparation()
+        """How images are to be prepared for the network; nothing is set where neither file nor folder says it."""
+        said = self.header.images if self.header is not None else None
+        return said or (images_in(self.path) if self.format == "folder" else ImagePreparation())
 
     @property
     def nbytes(self) -> int:

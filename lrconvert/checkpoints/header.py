@@ -7,25 +7,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lrconvert import __version__
 from lrconvert.errors import CheckpointError
+from lrconvert.images import ImagePreparation
 from lrconvert.plan import Plan
 
 KEY = "lrconvert"
 WRITTEN_BY = f"lrconvert {__version__}"
-
-
-class ImagePreparation(BaseModel):
-    """How images were prepared that a network was trained on.
-
-    Attributes:
-        img_size: height and width that they were brought to; None if they were left as they are.
-        mean, std: that each channel of images from 0 to 1 was normalized by.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    img_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
 
 
 class Header(BaseModel):

@@ -1,12 +1,13 @@
 """Where architectures come from: one file per source, and here the choice between them by name."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lrconvert.errors import UnknownNameError, UsageError
 from lrconvert.models import huggingface, python_file, timm, torchvision, zoo
 from lrconvert.models.architecture import Architecture
-from lrconvert.models.huggingface import architecture_in, inputs_of_live
+from lrconvert.models.huggingface import inputs_of_live
 
 __all__ = ["Architecture", "architecture_in", "find_architecture", "inputs_of_live"]
 
@@ -17,6 +18,11 @@ SOURCES: dict[str, Callable[[str, Mapping[str, Any]], Architecture]] = {
     "torchvision": torchvision.architecture,
     "zoo": zoo.architecture,
 }
+
+
+def architecture_in(folder: Path) -> Architecture | None:
+    """The architecture that the config.json of a folder describes, in the way of transformers or of timm, if any."""
+    return huggingface.architecture_in(folder) or timm.architecture_in(folder)
 
 
 def find_architecture(name: str, args: Mapping[str, Any] | None = None) -> Architecture:

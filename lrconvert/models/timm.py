@@ -3,11 +3,13 @@
 A tag changes what the factory builds: "vit_base_patch16_224.augreg_in21k" has that checkpoint's 21,843 classes.
 """
 
+import json
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from lrconvert.errors import ModelError, UnknownNameError, UsageError
+from lrconvert.errors import LrconvertError, ModelError, UnknownNameError, UsageError
 from lrconvert.inputs import one_input
 from lrconvert.models.architecture import Architecture
 
@@ -48,6 +50,28 @@ def architecture(name: str, args: Mapping[str, Any]) -> Architecture:
         partial(timm.create_model, name, pretrained=False),
         one_input(_input_shape(name, args)),
     )
+
+
+def architecture_in(folder: Path) -> Architecture | None:
+    """The architecture that a folder as timm puts on the Hugging Face Hub describes, if timm is there and knows it."""
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(described, dict) or not isinstance(described.get("architecture"), str):
+        return None
+    pretrained, args = described.get("pretrained_cfg"), described.get("model_args")
+    tag = pretrained.get("tag") if isinstance(pretrained, dict) else None
+    args = dict(args) if isinstance(args, dict) else {}
+    if isinstance(described.get("num_classes"), int):
+        args.setdefault("num_classes", described["num_classes"])
+    # A tag of somebody's own says nothing to timm.
+    for name in (f"{described['architecture']}.{tag}", described["architecture"]):
+        try:
+            return architecture(name, args)
+        except LrconvertError:
+            continue
+    return None
 
 
 def _input_shape(name: str, args: Mapping[str, Any]) -> tuple[int, ...] | None:

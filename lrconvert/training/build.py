@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrconvert.checkpoints import ImagePreparation, open_checkpoint
+from lrconvert.checkpoints import open_checkpoint
 from lrconvert.errors import LrconvertError, ModelError
+from lrconvert.images import ImagePreparation
 from lrconvert.layers.pivoted import refuse_to_train
 from lrconvert.loading import load
 from lrconvert.models import find_architecture

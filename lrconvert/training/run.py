@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from lrconvert.checkpoints import ImagePreparation
 from lrconvert.errors import LrconvertError, UsageError
+from lrconvert.images import ImagePreparation
 from lrconvert.loading import load, save
 from lrconvert.recipe import Recipe
 from lrconvert.report.record_training import EpochMetrics, TrainRecord

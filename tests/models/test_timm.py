@@ -12,6 +12,7 @@ from lrconvert.errors import ModelError, UnknownNameError, UsageError
 from lrconvert.inputs import one_input
 from lrconvert.layers import LowRank
 from lrconvert.models import find_architecture
+from lrconvert.network import open_network
 
 timm = pytest.importorskip("timm")
 
@@ -149,3 +150,30 @@ def test_on_the_command_line(cli, tmp_path):
     assert len(lrconvert.load(small).blocks) == 2
     line = cli.fails(1, "analyze", dense, "--model", "timm/deit_tiny_patch16_224", "--model-arg", "depth=2")
     assert "--model-arg num_classes=10" in line
+
+
+@pytest.mark.parametrize("tag", [None, "our_own"])
+def test_a_folder_as_on_the_hub_names_its_architecture(tmp_path, tag):
+    torch.manual_seed(0)
+    dense = timm.create_model("convnext_atto", num_classes=7, depths=(1, 1, 2, 1)).eval()
+    if tag is not None:
+        dense.pretrained_cfg = {**dense.pretrained_cfg, "tag": tag, "mean": [0.1, 0.2, 0.3]}
+    timm.models.save_for_hf(dense, tmp_path / "dense", model_args={"depths": [1, 1, 2, 1]})
+    record = lrconvert.factorize(tmp_path / "dense", "rank_ratio=0.25", output=tmp_path / "small")
+    assert record.order == "execution"
+    assert record.model == ("timm/convnext_atto" if tag else "timm/convnext_atto.d2_in1k")
+    small = lrconvert.load(tmp_path / "small")
+    assert small.head.fc.out_features == 7
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert_close(lrconvert.load(tmp_path / "dense")(x), dense(x), 1e-6)
+        assert_close(small(x), lrconvert.merge(copy.deepcopy(small))(x), 1e-4)
+    mean = open_network(tmp_path / "small").images.mean
+    assert mean == ((0.1, 0.2, 0.3) if tag else (0.485, 0.456, 0.406))
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"architecture": 3}', '{"architecture": "convnext_gigantic"}'])
+def test_other_folders_name_none(tmp_path, config):
+    torch.save(timm.create_model("convnext_atto").state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(config)
+    assert open_network(tmp_path).architecture is None

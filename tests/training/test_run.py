@@ -8,7 +8,7 @@ import torch
 
 import lrconvert
 from lrconvert.api.validation import Validation
-from lrconvert.checkpoints import ImagePreparation, open_checkpoint
+from lrconvert.checkpoints import open_checkpoint
 from lrconvert.errors import (
     CheckpointError,
     LrconvertError,
@@ -17,6 +17,7 @@ from lrconvert.errors import (
     OutputExistsError,
     UsageError,
 )
+from lrconvert.images import ImagePreparation
 from lrconvert.models import find_architecture
 from lrconvert.network import open_network
 from lrconvert.recipe import load_recipe, make_recipe
